@@ -1,0 +1,1 @@
+"""Registration only: the values that nerfstudio's commands start from."""

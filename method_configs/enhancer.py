@@ -1,0 +1,88 @@
+"""`ns-train 3dgs-enhancer`: the values that fit the device at hand."""
+
+import torch
+from nerfstudio.configs.base_config import LoggingConfig, MachineConfig, ViewerConfig
+from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
+from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
+from nerfstudio.plugins.types import MethodSpecification
+
+ON_GPU = torch.cuda.is_available()
+STEPS = 30000 if ON_GPU else 3000
+
+
+def _specification() -> MethodSpecification:
+    from nerfstudio_enhancer.datamanager import EnhancerDataManagerConfig
+    from nerfstudio_enhancer.enhance_step import EnhanceConfig
+    from nerfstudio_enhancer.model import EnhancerModelConfig
+    from nerfstudio_enhancer.optimizers import FusedAdamConfig
+    from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
+    from nerfstudio_enhancer.trainer import EnhancerTrainerConfig
+
+    if ON_GPU:
+        model = EnhancerModelConfig(enhance=EnhanceConfig(start=10000, every=5000, rounds=2))
+    else:
+        model = EnhancerModelConfig(
+            warmup_length=200,
+            num_downscales=0,
+            sh_degree=2,
+            sh_degree_interval=600,
+            stop_split_at=1500,
+            stop_screen_size_at=1500,
+            densify_grad_thresh=0.0012,
+            enhance=EnhanceConfig(start=2000, every=500, rounds=1),
+        )
+    return MethodSpecification(
+        config=EnhancerTrainerConfig(
+            method_name="3dgs-enhancer",
+            steps_per_eval_image=STEPS,
+            steps_per_eval_batch=0,
+            steps_per_save=2000 if ON_GPU else 1000,
+            steps_per_eval_all_images=STEPS,
+            max_num_iterations=STEPS,
+            mixed_precision=False,
+            machine=MachineConfig(device_type="cuda" if ON_GPU else "cpu"),
+            logging=LoggingConfig(steps_per_log=10 if ON_GPU else 50),
+            pipeline=VanillaPipelineConfig(
+                datamanager=EnhancerDataManagerConfig(
+                    dataparser=SparseViewsDataParserConfig(),
+                    cache_images_type="uint8",
+                    max_image_size=None if ON_GPU else 480,
+                ),
+                model=model,
+            ),
+            optimizers={
+                "means": {
+                    "optimizer": FusedAdamConfig(lr=1.6e-4, eps=1e-15),
+                    "scheduler": ExponentialDecaySchedulerConfig(lr_final=1.6e-6, max_steps=STEPS),
+                },
+                "features_dc": {"optimizer": FusedAdamConfig(lr=0.0025, eps=1e-15), "scheduler": None},
+                "features_rest": {"optimizer": FusedAdamConfig(lr=0.0025 / 20, eps=1e-15), "scheduler": None},
+                "opacities": {"optimizer": FusedAdamConfig(lr=0.05, eps=1e-15), "scheduler": None},
+                "scales": {"optimizer": FusedAdamConfig(lr=0.005, eps=1e-15), "scheduler": None},
+                "quats": {"optimizer": FusedAdamConfig(lr=0.001, eps=1e-15), "scheduler": None},
+                "camera_opt": {
+                    "optimizer": FusedAdamConfig(lr=1e-4, eps=1e-15),
+                    "scheduler": ExponentialDecaySchedulerConfig(
+                        lr_final=5e-7, max_steps=STEPS, warmup_steps=STEPS // 30, lr_pre_warmup=0
+                    ),
+                },
+                "bilateral_grid": {
+                    "optimizer": FusedAdamConfig(lr=2e-3, eps=1e-15),
+                    "scheduler": ExponentialDecaySchedulerConfig(
+                        lr_final=1e-4, max_steps=STEPS, warmup_steps=STEPS // 30, lr_pre_warmup=0
+                    ),
+                },
+            },
+            viewer=ViewerConfig(num_rays_per_chunk=1 << 15),
+            vis="viewer",
+        ),
+        description="3DGS-Enhancer: Gaussian splats from few photographs, repaired by a video diffusion prior (CPU or CUDA).",
+    )
+
+
+try:
+    enhancer_method = _specification()
+except ImportError as error:
+    # nerfstudio loads plug-ins outside any try: an error here would break ns-train for every method. It warns about an
+    # object that is no specification, shows it, and goes on.
+    enhancer_method = f"3dgs-enhancer, which cannot be used: {error}"

@@ -1,0 +1,53 @@
+"""Pictures for people: the frames of a round, and a sheet of render | enhanced | confidence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.enhance_step import RoundClip
+
+FRAMES_PER_CLIP = 3
+"""Frames of each clip on the sheet, evenly spread."""
+MAX_ROWS = 24
+"""Rows of the sheet; clips beyond them are on disk only."""
+
+
+def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
+    """Write `frames/clip-NN-frame-NN.png` and `contact_sheet.png` (render | enhanced | confidence) into a round's folder."""
+    frames = folder / "frames"
+    frames.mkdir(exist_ok=True)
+    rows = []
+    for number, clip in enumerate(clips):
+        views = clip.views
+        for index in range(views.num_views):
+            to_image(views.rgb[index]).save(frames / f"clip-{number:02d}-frame-{index:02d}.png")
+        for index in sorted({round(float(i)) for i in torch.linspace(0, views.num_views - 1, FRAMES_PER_CLIP)}):
+            confidence = views.pixel_confidence[index].float() * views.image_confidence[index]
+            rows.append(
+                [clip.rendered[index], views.rgb[index], (confidence / 2).clamp(0, 1).expand_as(views.rgb[index])]
+            )
+    write_sheet(folder / "contact_sheet.png", rows[:: max(1, len(rows) // MAX_ROWS)][:MAX_ROWS])
+
+
+def write_sheet(path: Path, rows: list[list[Float[Tensor, "_h _w 3"]]]) -> None:
+    """Write rows of images as one PNG; images of one sheet may differ in size and are padded with white."""
+    height = max(image.shape[0] for row in rows for image in row)
+    width = max(image.shape[1] for row in rows for image in row)
+    sheet = torch.ones(len(rows), max(len(row) for row in rows), height, width, 3)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            sheet[i, j, : image.shape[0], : image.shape[1]] = image.float().cpu()
+    to_image(rearrange(sheet, "rows columns h w c -> (rows h) (columns w) c")).save(path)
+
+
+def to_image(rgb: Float[Tensor, "h w 3"]) -> Image.Image:
+    """8-bit picture of an sRGB tensor in [0, 1]."""
+    return Image.fromarray((rgb.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())

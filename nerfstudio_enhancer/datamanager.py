@@ -1,0 +1,96 @@
+"""Batches from reference photographs and, once a round has run, from enhanced views at a set ratio."""
+
+from dataclasses import dataclass, field
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from nerfstudio.data.datasets.base_dataset import InputDataset
+
+from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
+from nerfstudio_enhancer.random_state import step_generator
+
+
+@dataclass
+class EnhancerDataManagerConfig(FullImageDatamanagerConfig):
+    """Settings of the data manager."""
+
+    _target: type = field(default_factory=lambda: EnhancerDataManager)
+    max_image_size: int | None = None
+    """Longest image side in pixels that training and evaluation use; larger photographs are reduced in memory. None keeps
+    them as they are (times `camera_res_scale_factor`)."""
+
+
+class EnhancerDataManager(FullImageDatamanager[InputDataset]):
+    """Full-image data manager whose draws depend on seed and step alone, so that a resumed run draws the same batches."""
+
+    config: EnhancerDataManagerConfig
+
+    def __init__(self, *args, **kwargs) -> None:
+        self.enhanced_views: EnhancedViewStore | None = None
+        self.enhanced_ratio = 0.0
+        self.seed = 0
+        super().__init__(*args, **kwargs)
+
+    def create_train_dataset(self) -> InputDataset:
+        """The reference photographs, reduced to `max_image_size`."""
+        return InputDataset(self.train_dataparser_outputs, self._scale_factor(self.train_dataparser_outputs.cameras))
+
+    def create_eval_dataset(self) -> InputDataset:
+        """The held-out photographs, at the same scale."""
+        outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
+        return InputDataset(outputs, self._scale_factor(self.train_dataparser_outputs.cameras, outputs.cameras))
+
+    def unused_views(self) -> InputDataset:
+        """Views that are neither reference nor test. Only the oracle of the benchmark may ask for them."""
+        outputs = self.dataparser.get_dataparser_outputs(split="unused")
+        return InputDataset(outputs, self._scale_factor(self.train_dataparser_outputs.cameras, outputs.cameras))
+
+    def next_train(self, step: int) -> tuple[Cameras, dict]:
+        """A reference photograph, or with probability `enhanced_ratio` an enhanced view once there are any."""
+        generator = step_generator(self.seed, step, "batch")
+        enhanced = self.enhanced_views
+        if enhanced is not None and enhanced.num_views and torch.rand((), generator=generator) < self.enhanced_ratio:
+            return enhanced.draw(generator, self.device)
+        self.train_unseen_cameras = [self._reference_index(step)]
+        return super().next_train(step)
+
+    def load_images(self, dataset: InputDataset) -> list[dict]:
+        """Read and undistort a dataset's photographs as nerfstudio does for training; updates its cameras in place."""
+        kept, self.train_dataset = self.train_dataset, dataset
+        kept_cameras = self.train_cameras if hasattr(self, "train_cameras") else None
+        try:
+            return self._load_images("train", cache_images_device="gpu")
+        finally:
+            self.train_dataset = kept
+            if kept_cameras is not None:
+                self.train_cameras = kept_cameras
+
+    def _reference_index(self, step: int) -> int:
+        """Every reference once per epoch in an order drawn from seed and epoch."""
+        count = len(self.train_dataset)
+        epoch, position = divmod(step, count)
+        return int(torch.randperm(count, generator=step_generator(self.seed, epoch, "epoch"))[position])
+
+    def _scale_factor(self, reference_cameras: Cameras, cameras: Cameras | None = None) -> float:
+        """Scale that brings the longest side of the references to `max_image_size`."""
+        cameras = reference_cameras if cameras is None else cameras
+        factor = self.config.camera_res_scale_factor
+        longest = max(int(reference_cameras.width.max()), int(reference_cameras.height.max())) * factor
+        limit = self.config.max_image_size
+        if limit is not None and longest > limit:
+            factor *= limit / longest
+        sides = torch.cat([cameras.width.flatten(), cameras.height.flatten()]).unique()
+        return _factor_with_one_rounding(factor, sides)
+
+
+def _factor_with_one_rounding(factor: float, sides: torch.Tensor) -> float:
+    """The next larger factor with which image (float64) and camera (float32) sizes are truncated to the same integers."""
+    for _ in range(1000):
+        exact = [int(int(side) * factor) for side in sides]
+        if exact == (sides * factor).to(torch.int64).tolist() and all(
+            abs(int(side) * factor - round(int(side) * factor)) > 1e-4 or factor == 1.0 for side in sides
+        ):
+            return factor
+        factor *= 1 + 1e-6
+    return factor

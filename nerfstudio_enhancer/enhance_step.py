@@ -1,0 +1,239 @@
+"""One round of the method as a function: render paths, repair them with the prior, weigh, hand over for storage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor
+from torchvision.transforms.functional import gaussian_blur
+
+from diffusion_prior.conditioning import normalised_disparity
+from diffusion_prior.types import ConditionClip, EnhancedClip
+from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence
+from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channels_last, world_to_camera_opencv
+from nerfstudio_enhancer.enhanced_views import EnhancedViews
+from nerfstudio_enhancer.rendering import RenderedClip, render_clip, trajectory_cameras
+from nerfstudio_enhancer.trajectory import TrajectoryConfig, plan_trajectories
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.model import EnhancerModel
+
+Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs"]
+
+BLUR_SIGMA_SHARE = 0.01
+"""Sigma of the control `blurred`, as a share of the image's longer side."""
+
+
+@dataclass
+class EnhanceConfig:
+    """When rounds run, what they feed back and how it is weighed."""
+
+    prior: str = "bundled"
+    """Which prior repairs the frames: `bundled`, `none` (no rounds: plain training), a folder, or a hub name."""
+    feed: Feed = "enhanced"
+    """What a round feeds back. Anything but `enhanced` is a control of the benchmark: the un-enhanced renders, the renders
+    with holes filled by the references' mean colour, blurred renders, or (the oracle) real photographs that are neither
+    reference nor test views."""
+    start: int = 2000
+    """Training step of the first round."""
+    every: int = 500
+    """Training steps between two rounds."""
+    rounds: int = 1
+    """Number of rounds; each replaces the enhanced views of the one before it."""
+    ratio: float = 0.5
+    """Probability that a batch is an enhanced view once a round has run, in [0, 1]."""
+    image_confidence: bool = True
+    """Weigh enhanced views by their distance to the nearest reference view (farther = higher)."""
+    pixel_confidence: bool = True
+    """Weigh enhanced pixels by the size of the Gaussians that they show (larger = higher)."""
+    confidence_floor: float = 0.5
+    """Weight of the most certain view or pixel relative to the least certain one, in [0, 1)."""
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    """Paths between and around the reference views."""
+    save_frames: bool = True
+    """Write the frames and a contact sheet of each round as PNG under the run's folder."""
+
+
+class Prior(Protocol):
+    """Whatever repairs a clip."""
+
+    def enhance(self, clip: ConditionClip, generator: torch.Generator) -> EnhancedClip: ...
+
+
+@dataclass(frozen=True)
+class References:
+    """The reference views at training resolution, undistorted."""
+
+    photographs: list[Float[Tensor, "_h _w 3"]]
+    """sRGB in [0, 1]; sizes may differ."""
+    cameras: Cameras
+    """Shape [k]."""
+
+
+@dataclass(frozen=True)
+class RoundClip:
+    """One clip of a round with what it came from, for the contact sheet."""
+
+    views: EnhancedViews
+    rendered: Float[Tensor, "t h w 3"]
+
+
+def enhance_step(
+    model: EnhancerModel,
+    references: References,
+    config: EnhanceConfig,
+    prior: Prior | None,
+    generator: torch.Generator,
+    oracle: References | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> list[RoundClip]:
+    """Make the enhanced views of one round. Only reference views shape it, except for the oracle.
+
+    Args:
+        model: the splats; their mode and parameters stay as they are.
+        references: reference photographs and cameras.
+        config: paths, feed and weights.
+        prior: repairs the frames; needed for `feed="enhanced"` only.
+        generator: draws paths and the prior's noise.
+        oracle: real photographs at other poses, for `feed="photographs"` only.
+        on_progress: called with (frames done, frames in all).
+
+    Raises:
+        ValueError: fewer than 2 reference views; a prior or oracle that the feed needs is missing.
+    """
+    if config.feed == "photographs":
+        if oracle is None or not oracle.photographs:
+            raise ValueError(
+                "feed='photographs' needs photographs that are neither reference nor test views; there are none. "
+                "Use `--num-views` on a scene with more images."
+            )
+        clips = [_oracle_clip(model, oracle, index) for index in range(len(oracle.photographs))]
+    else:
+        clips = _path_clips(model, references, config, prior, generator, on_progress)
+    return _weigh(clips, references, config)
+
+
+@dataclass(frozen=True)
+class _UnweighedClip:
+    rgb: Float[Tensor, "t h w 3"]
+    rendered: RenderedClip
+    cameras: Cameras
+
+
+def _path_clips(model, references, config, prior, generator, on_progress) -> list[_UnweighedClip]:
+    """Render and repair each trajectory; the clips end on reference photographs, which are cut off afterwards."""
+    trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
+    total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
+    done = 0
+    clips = []
+    for trajectory in trajectories:
+        first, last = trajectory.first, trajectory.last
+        cameras = trajectory_cameras(
+            trajectory.camera_to_world, references.cameras[first : first + 1], references.cameras[last : last + 1]
+        )
+        rendered = render_clip(model, cameras.to(model.device))
+        inner = slice(1, -1)
+        frames = _feed(
+            rendered,
+            (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered)),
+            cameras,
+            config,
+            prior,
+            generator,
+            _mean_colour(references).to(rendered.rgb),
+        )
+        middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
+        clips.append(_UnweighedClip(frames[inner], middle, cameras[inner]))
+        done += middle.rgb.shape[0]
+        if on_progress is not None:
+            on_progress(done, total)
+    return clips
+
+
+def _feed(rendered, ends, cameras, config, prior, generator, mean_colour) -> Float[Tensor, "t h w 3"]:
+    """The frames that are fed back for one rendered clip."""
+    if config.feed == "renders":
+        return rendered.rgb
+    if config.feed == "mean-filled":
+        return rendered.alpha * rendered.rgb + (1 - rendered.alpha) * mean_colour
+    if config.feed == "blurred":
+        sigma = BLUR_SIGMA_SHARE * max(rendered.rgb.shape[1:3])
+        size = 2 * int(3 * sigma) + 1
+        return to_channels_last(gaussian_blur(to_channels_first(rendered.rgb), [size, size], [sigma, sigma]))
+    if prior is None:
+        raise ValueError(
+            "feed='enhanced' needs a prior, got prior='none'. Use `--pipeline.model.enhance.prior bundled`."
+        )
+    return to_channels_last(prior.enhance(condition_clip(rendered, ends, cameras), generator).rgb).to(rendered.rgb)
+
+
+def condition_clip(
+    rendered: RenderedClip,
+    ends: tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]],
+    cameras: Cameras,
+) -> ConditionClip:
+    """The prior's input: the renders with the reference photographs as first and last frame (paper, section 4.1)."""
+    rgb, alpha = rendered.rgb.clone(), rendered.alpha.clone()
+    rgb[0], rgb[-1] = ends[0].to(rgb), ends[1].to(rgb)
+    alpha[0] = alpha[-1] = 1.0
+    width, fx = int(cameras.width[0].item()), float(cameras.fx[0].item())
+    camera_to_world = torch.linalg.inv(world_to_camera_opencv(as_4x4(cameras.camera_to_worlds.cpu())))
+    return ConditionClip(
+        rgb=to_channels_first(rgb),
+        alpha=to_channels_first(alpha),
+        disparity=normalised_disparity(to_channels_first(rendered.depth), to_channels_first(rendered.alpha)),
+        camera_to_world=camera_to_world[:, :3],
+        fov_x_rad=2 * float(torch.atan(torch.tensor(width / (2 * fx)))),
+    )
+
+
+def _oracle_clip(model, oracle: References, index: int) -> _UnweighedClip:
+    camera = oracle.cameras[index : index + 1]
+    rendered = render_clip(model, camera.to(model.device))
+    return _UnweighedClip(oracle.photographs[index][None].to(rendered.rgb), rendered, camera)
+
+
+def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceConfig) -> list[RoundClip]:
+    """Confidence of all views of a round together, so that its mean over the round is 1. The oracle is trusted fully."""
+    trusted = config.feed == "photographs"
+    centres = torch.cat([clip.cameras.camera_to_worlds[..., 3].cpu() for clip in clips])
+    image = torch.ones(centres.shape[0])
+    if config.image_confidence and not trusted:
+        image = image_confidence(centres, references.cameras.camera_to_worlds[..., 3].cpu(), config.confidence_floor)
+    out, start = [], 0
+    for clip in clips:
+        count = clip.rgb.shape[0]
+        pixel = torch.ones_like(clip.rendered.alpha)
+        if config.pixel_confidence and not trusted:
+            pixel = pixel_confidence(clip.rendered.scale_map, clip.rendered.alpha, config.confidence_floor)
+        cameras = clip.cameras
+        intrinsics = torch.cat([cameras.fx, cameras.fy, cameras.cx, cameras.cy], dim=-1).reshape(count, 4).float().cpu()
+        views = EnhancedViews(
+            rgb=clip.rgb.clamp(0, 1).half().cpu(),
+            pixel_confidence=pixel.half().cpu(),
+            image_confidence=image[start : start + count].float(),
+            camera_to_world=cameras.camera_to_worlds.float().cpu(),
+            intrinsics=intrinsics,
+        )
+        out.append(RoundClip(views, clip.rendered.rgb.cpu()))
+        start += count
+    return out
+
+
+def _resized(photograph: Float[Tensor, "h w 3"], rendered: RenderedClip) -> Float[Tensor, "H W 3"]:
+    """The photograph at the clip's size (references of one scene may differ in size)."""
+    size = rendered.rgb.shape[1:3]
+    if photograph.shape[:2] == size:
+        return photograph
+    resized = F.interpolate(to_channels_first(photograph[None]), size=size, mode="bilinear", antialias=True)
+    return to_channels_last(resized)[0]
+
+
+def _mean_colour(references: References) -> Float[Tensor, "3"]:
+    return torch.stack([photograph.reshape(-1, 3).mean(0).cpu() for photograph in references.photographs]).mean(0)

@@ -1,0 +1,30 @@
+"""The confidence-weighted photometric loss (3DGS-Enhancer, eq. 9)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nerfstudio_enhancer.rasterize import fused_ssim
+
+
+def confidence_weighted_photometric(
+    rendered: Float[Tensor, "h w 3"],
+    target: Float[Tensor, "h w 3"],
+    pixel_confidence: Float[Tensor, "h w 1"],
+    image_confidence: float,
+    ssim_lambda: float,
+) -> Float[Tensor, ""]:
+    """L = I_c ((1 - lambda) mean(P_c |C - C^|) + lambda (1 - SSIM)); with I_c = P_c = 1 it is splatfacto's loss.
+
+    Args:
+        rendered: image of the splats, sRGB in [0, 1].
+        target: enhanced view, sRGB in [0, 1].
+        pixel_confidence: P_c, any non-negative weight; mean 1 keeps the total weight.
+        image_confidence: I_c, any non-negative weight.
+        ssim_lambda: share of the D-SSIM term, in [0, 1].
+    """
+    l1 = (pixel_confidence * torch.abs(target - rendered)).mean()
+    dssim = 1 - fused_ssim(rendered.permute(2, 0, 1)[None], target.permute(2, 0, 1)[None])
+    return image_confidence * ((1 - ssim_lambda) * l1 + ssim_lambda * dssim)

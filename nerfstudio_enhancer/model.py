@@ -1,0 +1,308 @@
+"""Splatfacto with rounds of enhancement. With the prior `none` and every addition off it is plain splatfacto."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from gsplat.strategy import DefaultStrategy
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
+from nerfstudio.model_components.lib_bilagrid import BilateralGrid
+from nerfstudio.models.splatfacto import (
+    RGB2SH,
+    SplatfactoModel,
+    SplatfactoModelConfig,
+    num_sh_bases,
+    random_quat_tensor,
+)
+from nerfstudio.utils.colors import get_color
+from torch import Tensor
+
+from nerfstudio_enhancer.confidence import pixel_scale
+from nerfstudio_enhancer.conventions import world_to_camera_opencv
+from nerfstudio_enhancer.enhance_step import EnhanceConfig
+from nerfstudio_enhancer.losses import confidence_weighted_photometric
+from nerfstudio_enhancer.random_state import step_generator
+from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
+from nerfstudio_enhancer.viewer import EnhancerControls
+
+# nerfstudio's schedulers put numpy scalars into its checkpoints, and its commands call torch.load with weights_only on.
+# Exactly the types that such a scalar needs are allowed, wherever our classes are imported.
+torch.serialization.add_safe_globals(
+    [np.dtype, np.dtypes.Float64DType, (np.core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+)
+
+VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
+"""The colour on which splatfacto evaluates when it trains on random backgrounds."""
+
+
+@dataclass
+class EnhancerModelConfig(SplatfactoModelConfig):
+    """Splatfacto's settings and ours."""
+
+    _target: type = field(default_factory=lambda: EnhancerModel)
+    enhance: EnhanceConfig = field(default_factory=EnhanceConfig)
+    """Rounds of enhancement."""
+    fill_background: Literal["reference-mean", "splatfacto"] = "reference-mean"
+    """Colour behind the splats in evaluation and in the prior's input: the mean colour of the reference photographs, or
+    splatfacto's own fixed colour. Training composites on random colours either way."""
+    gaussian_dropout: float = 0.0
+    """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
+    the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
+
+
+class EnhancerModel(SplatfactoModel):
+    """Gaussian splats trained on reference photographs and enhanced views."""
+
+    config: EnhancerModelConfig
+    seed = 0
+
+    def populate_modules(self) -> None:
+        """Splatfacto's modules on any device, with metrics that need no download."""
+        self.gauss_params = torch.nn.ParameterDict(self._initial_splats())
+        self.camera_optimizer = self.config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
+        self._set_metrics()
+        self.step = 0
+        self.crop_box = None
+        self.background_color = (
+            torch.tensor(VISER_BACKGROUND)
+            if self.config.background_color == "random"
+            else get_color(self.config.background_color)
+        )
+        self.register_buffer("reference_mean", torch.full((3,), float("nan")))
+        if self.config.use_bilateral_grid:
+            x, y, w = self.config.grid_shape
+            self.bil_grids = BilateralGrid(num=self.num_train_data, grid_X=x, grid_Y=y, grid_W=w)
+        self.strategy = self._densification()
+        self.strategy_state = self.strategy.initialize_state(scene_scale=1.0)
+        self.enhancer_controls = EnhancerControls(self.config.enhance.ratio)
+
+    def _initial_splats(self) -> dict[str, torch.nn.Parameter]:
+        config = self.config
+        seeded = self.seed_points is not None and not config.random_init
+        means = (
+            self.seed_points[0].float() if seeded else (torch.rand(config.num_random, 3) - 0.5) * config.random_scale
+        )
+        count, num_sh = means.shape[0], num_sh_bases(config.sh_degree)
+        if count < 4:
+            raise ValueError(f"Splats need at least 4 seed points, got {count}. Use `--seed-points random`.")
+        distances, _ = self.k_nearest_sklearn(means, 3)
+        mean_distance = torch.from_numpy(distances).mean(dim=-1, keepdim=True).clamp(min=1e-7)
+        rest = torch.zeros(count, num_sh - 1, 3)
+        if seeded and self.seed_points[1].shape[0] > 0:
+            rgb = self.seed_points[1].float() / 255
+            dc = RGB2SH(rgb) if config.sh_degree > 0 else torch.logit(rgb, eps=1e-10)
+        else:
+            dc = torch.rand(count, 3)
+        values = {
+            "means": means,
+            "scales": torch.log(mean_distance.repeat(1, 3)),
+            "quats": random_quat_tensor(count),
+            "features_dc": dc,
+            "features_rest": rest,
+            "opacities": torch.logit(0.1 * torch.ones(count, 1)),
+        }
+        return {name: torch.nn.Parameter(value) for name, value in values.items()}
+
+    def _set_metrics(self) -> None:
+        from torchmetrics.image import PeakSignalNoiseRatio
+
+        self.psnr = PeakSignalNoiseRatio(data_range=1.0)
+        self.ssim = _ssim_as_splatfacto_calls_it
+        self.lpips = _lpips_as_splatfacto_calls_it
+
+    def _densification(self) -> DefaultStrategy:
+        config = self.config
+        return DefaultStrategy(
+            prune_opa=config.cull_alpha_thresh,
+            grow_grad2d=config.densify_grad_thresh,
+            grow_scale3d=config.densify_size_thresh,
+            grow_scale2d=config.split_screen_size,
+            prune_scale3d=config.cull_scale_thresh,
+            prune_scale2d=config.cull_screen_size,
+            refine_scale2d_stop_iter=config.stop_screen_size_at,
+            refine_start_iter=config.warmup_length,
+            refine_stop_iter=config.stop_split_at,
+            reset_every=config.reset_alpha_every * config.refine_every,
+            refine_every=config.refine_every,
+            pause_refine_after_reset=self.num_train_data + config.refine_every,
+            absgrad=config.use_absgrad,
+            revised_opacity=False,
+            verbose=False,
+        )
+
+    def load_state_dict(self, dict, **kwargs):  # type: ignore[override]
+        """Also takes plain splatfacto's checkpoints, which carry no mean colour of the references."""
+        state = {**dict}
+        state.setdefault("reference_mean", self.reference_mean)
+        # Splatfacto's checkpoints hold the weights of torchmetrics' LPIPS; ours are bundled and never in a checkpoint.
+        state = {key: value for key, value in state.items() if not key.startswith("lpips.")}
+        if "gauss_params.means" not in state and "means" not in state:
+            raise ValueError(
+                "The checkpoint holds no Gaussian splats (no `gauss_params.means`): it belongs to another method. "
+                "Give `--load-dir` the nerfstudio_models folder of a 3dgs-enhancer or splatfacto run."
+            )
+        super().load_state_dict(state, **kwargs)
+
+    def get_training_callbacks(
+        self, training_callback_attributes: TrainingCallbackAttributes
+    ) -> list[TrainingCallback]:
+        """Splatfacto's callbacks, and the round before the step at which it is due."""
+        callbacks = super().get_training_callbacks(training_callback_attributes)
+        trainer, pipeline = training_callback_attributes.trainer, training_callback_attributes.pipeline
+        if trainer is None or pipeline is None:
+            return callbacks
+        from nerfstudio_enhancer.rounds import Rounds
+
+        rounds = Rounds(self, pipeline.datamanager, trainer)
+        before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
+        return [TrainingCallback([before], rounds.run_if_due), *callbacks]
+
+    def set_reference_mean(self, colour: Tensor) -> None:
+        """Mean colour of the reference photographs, sRGB in [0, 1]; kept in the checkpoint."""
+        self.reference_mean.copy_(colour.to(self.reference_mean))
+
+    def _get_background_color(self) -> Tensor:
+        if self.config.background_color == "random":
+            if self.training:
+                return torch.rand(3, generator=step_generator(self.seed, self.step, "background")).to(self.device)
+            if self.config.fill_background == "reference-mean" and not torch.isnan(self.reference_mean).any():
+                return self.reference_mean
+        return super()._get_background_color()
+
+    def get_outputs(self, camera: Cameras) -> dict[str, Tensor | list]:
+        """Render one camera (shape [1]) on any device.
+
+        Returns:
+            rgb [h w 3], depth [h w 1] (None in training unless asked for), accumulation [h w 1], background, and in
+            evaluation scale_map [h w 3] (world units) and confidence [h w 1] (its geometric mean over its 95 % quantile).
+        """
+        if not isinstance(camera, Cameras):
+            raise TypeError(f"get_outputs takes nerfstudio Cameras, got {type(camera).__name__}.")
+        chosen = self._cropped()
+        if chosen is not None and chosen.sum() == 0:
+            empty = self.get_empty_outputs(
+                int(camera.width.item()), int(camera.height.item()), self.background_color.to(self.device)
+            )
+            return {**empty, **_empty_scale_maps(empty["accumulation"])}
+        params = {name: value if chosen is None else value[chosen] for name, value in self.gauss_params.items()}
+        viewmat, intrinsics, (height, width) = self._view(camera)
+        self.last_size = (height, width)
+        colors, sh_degree = self._colors(params)
+        scales = torch.exp(params["scales"])
+        with_depth = self.config.output_depth_during_training or not self.training
+        render, alpha, self.info = rasterization(
+            means=params["means"],
+            quats=params["quats"],
+            scales=scales,
+            opacities=self._opacities(params),
+            colors=colors,
+            viewmats=viewmat,
+            Ks=intrinsics,
+            width=width,
+            height=height,
+            packed=False,
+            near_plane=0.01,
+            far_plane=1e10,
+            render_mode="RGB+ED" if with_depth else "RGB",
+            sh_degree=sh_degree,
+            sparse_grad=False,
+            absgrad=self.strategy.absgrad,
+            rasterize_mode=self.config.rasterize_mode,
+            extra_features=None if self.training else scales,
+        )
+        if self.training:
+            self.strategy.step_pre_backward(
+                self.gauss_params, self.optimizers, self.strategy_state, self.step, self.info
+            )
+        return self._compose(render, alpha, camera, with_depth)
+
+    def _compose(self, render: Tensor, alpha: Tensor, camera: Cameras, with_depth: bool) -> dict:
+        background = self._get_background_color()
+        rgb = torch.clamp(render[..., :3] + (1 - alpha) * background, 0.0, 1.0)
+        cam_idx = (camera.metadata or {}).get("cam_idx")
+        height, width = rgb.shape[1:3]
+        if self.config.use_bilateral_grid and self.training and cam_idx is not None:
+            rgb = self._apply_bilateral_grid(rgb, cam_idx, height, width)
+        outputs = {"rgb": rgb.squeeze(0), "depth": None, "accumulation": alpha.squeeze(0), "background": background}
+        if with_depth:
+            depth = render[..., -1:]
+            outputs["depth"] = torch.where(alpha > 0, depth, depth.detach().max()).squeeze(0)
+        if not self.training:
+            scale_map = render[0, ..., 3:6]
+            size = pixel_scale(scale_map)
+            top = size.flatten().kthvalue(max(1, int(0.95 * size.numel()))).values.clamp(min=1e-12)
+            outputs["scale_map"] = scale_map
+            outputs["confidence"] = (size / top).clamp(max=1.0)
+            outputs["background"] = background.expand(height, width, 3)
+        return outputs
+
+    def _cropped(self) -> Tensor | None:
+        if self.crop_box is None or self.training:
+            return None
+        return self.crop_box.within(self.means).reshape(-1)
+
+    def _view(self, camera: Cameras) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """World-to-camera [1 4 4], intrinsics [1 3 3] and (height, width) at the step's resolution."""
+        enhanced = bool((camera.metadata or {}).get("enhanced"))
+        if self.training and not enhanced:
+            camera_to_world = self.camera_optimizer.apply_to_camera(camera)
+        else:
+            camera_to_world = camera.camera_to_worlds
+        factor = self._get_downscale_factor()
+        camera.rescale_output_resolution(1 / factor)
+        intrinsics = camera.get_intrinsics_matrices().to(self.device)
+        size = int(camera.height.item()), int(camera.width.item())
+        camera.rescale_output_resolution(factor)
+        return world_to_camera_opencv(camera_to_world).to(self.device), intrinsics, size
+
+    def _colors(self, params: dict[str, Tensor]) -> tuple[Tensor, int | None]:
+        if self.config.sh_degree == 0:
+            return torch.sigmoid(params["features_dc"]), None
+        degree = min(self.step // self.config.sh_degree_interval, self.config.sh_degree)
+        bases = num_sh_bases(degree)
+        rest = params["features_rest"][:, : bases - 1]
+        return torch.cat((params["features_dc"][:, None, :], rest), dim=1), degree
+
+    def _opacities(self, params: dict[str, Tensor]) -> Tensor:
+        opacities = torch.sigmoid(params["opacities"]).squeeze(-1)
+        rate = self._dropout_rate()
+        if rate == 0.0:
+            return opacities
+        generator = step_generator(self.seed, self.step, "dropout")
+        kept = torch.rand(opacities.shape[0], generator=generator).to(opacities.device) >= rate
+        return torch.clamp(opacities * kept / (1 - rate), max=1.0)
+
+    def _dropout_rate(self) -> float:
+        if not self.training or self.config.gaussian_dropout == 0.0:
+            return 0.0
+        start, end = self.config.warmup_length, max(self.config.stop_split_at, self.config.warmup_length + 1)
+        return self.config.gaussian_dropout * min(max((self.step - start) / (end - start), 0.0), 1.0)
+
+    def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
+        """Splatfacto's loss on references; on enhanced views the photometric term alone, weighted by confidence."""
+        if "pixel_confidence" not in batch:
+            return super().get_loss_dict(outputs, batch, metrics_dict)
+        main_loss = confidence_weighted_photometric(
+            outputs["rgb"],
+            self.get_gt_img(batch["image"]),
+            self._downscale_if_required(batch["pixel_confidence"]).to(self.device),
+            batch["image_confidence"],
+            self.config.ssim_lambda,
+        )
+        return {"main_loss": main_loss}
+
+
+def _ssim_as_splatfacto_calls_it(target: Tensor, rendered: Tensor) -> Tensor:
+    return fused_ssim(rendered, target)
+
+
+def _lpips_as_splatfacto_calls_it(target: Tensor, rendered: Tensor) -> Tensor:
+    from diffusion_prior.perceptual import lpips_alex
+
+    return lpips_alex(rendered, target).mean()
+
+
+def _empty_scale_maps(accumulation: Tensor) -> dict[str, Tensor]:
+    return {"scale_map": accumulation.expand(*accumulation.shape[:2], 3), "confidence": accumulation}

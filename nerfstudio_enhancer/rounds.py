@@ -1,0 +1,179 @@
+"""When rounds run in a training, and what of them outlives it: the training callback and its state."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from nerfstudio_enhancer.contact_sheet import write_round_pictures
+from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step
+from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
+from nerfstudio_enhancer.prior import LazyPrior
+from nerfstudio_enhancer.random_state import step_generator
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import Trainer
+
+    from nerfstudio_enhancer.datamanager import EnhancerDataManager
+    from nerfstudio_enhancer.model import EnhancerModel
+
+VIEWS_FOLDER = "enhanced_views"
+"""Folder of the rounds, beside nerfstudio_models in the run's folder."""
+
+
+class Rounds:
+    """Runs a round when it is due, stores its views, and finds them again when a run is resumed."""
+
+    def __init__(self, model: EnhancerModel, datamanager: EnhancerDataManager, trainer: Trainer) -> None:
+        self.model = model
+        self.datamanager = datamanager
+        self.trainer = trainer
+        self.config = model.config.enhance
+        self.seed = trainer.config.machine.seed
+        self.folder = Path(trainer.base_dir) / VIEWS_FOLDER
+        self.references = _references(datamanager.train_dataset, datamanager.cached_train)
+        self.done: set[int] = set()
+        _check(self.config, len(self.references.photographs))
+        model.seed = datamanager.seed = self.seed
+        model.set_reference_mean(
+            torch.stack([photo.reshape(-1, 3).mean(0).cpu() for photo in self.references.photographs]).mean(0)
+        )
+        self.store = datamanager.enhanced_views = EnhancedViewStore()
+        self.controls = model.enhancer_controls
+        datamanager.enhanced_ratio = self.config.ratio
+        if self.active:
+            self._take_up_rounds()
+
+    @property
+    def active(self) -> bool:
+        """Whether any round is to run: a prior is set, or the feed is a control that needs none."""
+        return self.config.rounds > 0 and (self.config.prior != "none" or self.config.feed != "enhanced")
+
+    @property
+    def scheduled(self) -> list[int]:
+        """Steps before which a round is to run."""
+        return [self.config.start + i * self.config.every for i in range(self.config.rounds)] if self.active else []
+
+    def run_if_due(self, step: int) -> None:
+        """The training callback: a round of the schedule, or one asked for in the viewer."""
+        asked = self.controls.take_request() and step > 0
+        if (asked or step in self.scheduled) and step not in self.done:
+            self.run(step)
+        self.datamanager.enhanced_ratio = self.controls.ratio
+
+    def run(self, step: int) -> None:
+        """Run one round. A checkpoint is written first: whatever stops the round, nothing trained so far is lost."""
+        self.trainer.save_checkpoint(step - 1)
+        oracle = self._oracle() if self.config.feed == "photographs" else None
+        prior = LazyPrior(self.config.prior, self.model.device) if self.config.feed == "enhanced" else None
+        CONSOLE.log(f"Enhancement round before step {step} (feed: {self.config.feed})")
+        with _progress() as progress:
+            task = progress.add_task("Enhancing frames", total=None)
+            clips = enhance_step(
+                self.model,
+                self.references,
+                self.config,
+                prior,
+                step_generator(self.seed, step, "round"),
+                oracle,
+                lambda done, total: progress.update(task, completed=done, total=total),
+            )
+        self._keep(step, clips)
+        self.done.add(step)
+
+    def _keep(self, step: int, clips: list[RoundClip]) -> None:
+        self.store.add(step, [clip.views for clip in clips])
+        try:
+            folder = self.store.save_round(self.folder, step, dataclasses.asdict(self.config))
+            if self.config.save_frames:
+                write_round_pictures(folder, clips)
+            CONSOLE.log(f"{self.store.num_views} enhanced views saved in {folder}")
+        except OSError as error:
+            CONSOLE.log(
+                f"[bold red]The enhanced views could not be saved in {self.folder} ({error}). Training goes on with them; "
+                "free some space: a run resumed from a later checkpoint has to make this round again."
+            )
+
+    def _take_up_rounds(self) -> None:
+        """Read the rounds of the run that is resumed."""
+        start = getattr(self.trainer, "_start_step", 0)
+        if start == 0:
+            return
+        for folder in dict.fromkeys([_source_folder(self.trainer), self.folder]):
+            if folder is not None and folder.is_dir():
+                self.done.update(self.store.load_rounds(folder, up_to_step=start - 1))
+        if self.done:
+            CONSOLE.log(f"Resuming with {self.store.num_views} enhanced views of {len(self.done)} round(s).")
+        missed = [step for step in self.scheduled if step < start and step not in self.done]
+        if missed:
+            CONSOLE.log(
+                f"The round(s) before step {', '.join(map(str, missed))} lie behind step {start} and their views are not "
+                "beside the checkpoint: one round is run now in their place."
+            )
+            self.done.update(missed)
+            self.run(start)
+
+    def _oracle(self) -> References:
+        dataset = self.datamanager.unused_views()
+        if len(dataset) == 0:
+            return References([], dataset.cameras)
+        return _references(dataset, self.datamanager.load_images(dataset))
+
+
+def _check(config, num_references: int) -> None:
+    if not 0 <= config.ratio <= 1:
+        raise ValueError(f"enhance.ratio is a probability in [0, 1], got {config.ratio}.")
+    if config.every < 1:
+        raise ValueError(f"enhance.every must be at least 1 step, got {config.every}.")
+    if config.start < 1 and config.rounds > 0:
+        raise ValueError(
+            f"enhance.start must be at least step 1, got {config.start}: there are no splats to repair before."
+        )
+    if num_references < 2 and config.rounds > 0 and config.prior != "none" and config.feed == "enhanced":
+        raise ValueError(
+            f"Enhancement needs at least 2 reference views, got {num_references}. Add photographs, raise `--num-views`, "
+            "or train without it by `--pipeline.model.enhance.prior none`."
+        )
+
+
+def _references(dataset: InputDataset, cached: list[dict]) -> References:
+    return References([_photograph(item["image"]) for item in cached], dataset.cameras)
+
+
+def _photograph(image: Tensor) -> Float[Tensor, "h w 3"]:
+    """To float sRGB; transparent pixels take the photograph's own mean colour, so that they pull nowhere."""
+    image = image.float() / 255 if image.dtype == torch.uint8 else image
+    if image.shape[-1] == 3:
+        return image
+    rgb, alpha = image[..., :3], image[..., 3:]
+    mean = (rgb * alpha).sum((0, 1)) / alpha.sum().clamp(min=1e-6)
+    return rgb * alpha + mean * (1 - alpha)
+
+
+def _source_folder(trainer: Trainer) -> Path | None:
+    """Enhanced views of the run that `--load-dir` or `--load-checkpoint` names."""
+    if trainer.config.load_dir is not None:
+        return Path(trainer.config.load_dir).parent / VIEWS_FOLDER
+    if trainer.config.load_checkpoint is not None:
+        return Path(trainer.config.load_checkpoint).parent.parent / VIEWS_FOLDER
+    return None
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[progress.description]{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=CONSOLE,
+    )
