@@ -137,7 +137,9 @@ def read_run(folder: Path) -> PairRun:
     arrays = load_file(Path(folder) / FRAMES_NAME)
     _check_names(Path(folder), set(arrays))
     check_arrays(arrays, meta["num_views"])
-    return PairRun(**{name: meta[name] for name in ("scene", "num_views", "seed", "steps", "settings")}, **arrays)
+    values: dict[str, Any] = {**arrays}
+    values |= {name: meta[name] for name in ("scene", "num_views", "seed", "steps", "settings")}
+    return PairRun(**values)
 
 
 def read_header(folder: Path) -> RunHeader:
