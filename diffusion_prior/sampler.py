@@ -1,0 +1,45 @@
+"""Sampling with a denoiser: Euler steps and classifier-free guidance that grows over the frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+"""(noisy latents, sigma as a 0-d tensor) -> denoised latents of the same shape."""
+
+
+def sample_euler(
+    denoise: Denoiser, noise: Float[Tensor, "*shape"], sigmas: Float[Tensor, " n"]
+) -> Float[Tensor, "*shape"]:
+    """Euler's method on the probability flow ODE (EDM algorithm 1 without the second-order correction).
+
+    Args:
+        denoise: estimate of the clean sample at a noise level.
+        noise: unit normal noise.
+        sigmas: falling noise levels that end in 0, see `noise.karras_sigmas`.
+    """
+    sample = noise * sigmas[0]
+    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+        denoised = denoise(sample, sigma)
+        # (EDM eq. 4) dx/dsigma = (x - D) / sigma; written so that the last step, next_sigma = 0, gives D exactly.
+        ratio = next_sigma / sigma
+        sample = denoised + ratio * (sample - denoised)
+    return sample
+
+
+def frame_guidance(num_frames: int, min_guidance: float, max_guidance: float) -> Float[Tensor, " t"]:
+    """Guidance scale of every frame, rising linearly over the clip as in SVD."""
+    return torch.linspace(min_guidance, max_guidance, num_frames)
+
+
+def guide(
+    conditional: Float[Tensor, "*b t c h w"],
+    unconditional: Float[Tensor, "*b t c h w"],
+    guidance: Float[Tensor, " t"],
+) -> Float[Tensor, "*b t c h w"]:
+    """Classifier-free guidance: unconditional + guidance * (conditional - unconditional), one scale per frame."""
+    return unconditional + guidance.to(conditional)[:, None, None, None] * (conditional - unconditional)
