@@ -17,6 +17,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
+from nerfstudio_enhancer.focus import focus_of_axes
 
 CANDIDATES_AT_ONCE = 1 << 16
 """Descriptor pairs compared at once: bounds the memory, not the result."""
@@ -642,20 +643,9 @@ def random_points_in_region(views: Sequence[ReferenceView], num_points: int, gen
 def _region(views: Sequence[ReferenceView]) -> tuple[np.ndarray, float]:
     centres = np.stack([view.centre for view in views])
     forward = np.stack([view.forward for view in views])
-    focus = _focus(centres, forward)
+    focus = focus_of_axes(torch.from_numpy(centres), torch.from_numpy(forward))
     if focus is not None:
-        return focus, 2.0 * float(np.linalg.norm(centres - focus, axis=1).mean())
+        return focus.numpy(), 2.0 * float(np.linalg.norm(centres - focus.numpy(), axis=1).mean())
     mean = centres.mean(axis=0)
     spread = float(np.linalg.norm(centres - mean, axis=1).max())
     return mean, 3.0 * max(spread, 1e-6)
-
-
-def _focus(centres: np.ndarray, forward: np.ndarray) -> np.ndarray | None:
-    """Point nearest to all optical axes, if it lies before every camera and the axes are not near parallel."""
-    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
-    system = across.sum(axis=0)
-    if np.linalg.eigvalsh(system)[0] < 1e-3 * len(centres):
-        return None
-    focus = np.linalg.solve(system, np.einsum("kij,kj->i", across, centres))
-    ahead = np.einsum("ki,ki->k", focus - centres, forward)
-    return focus if (ahead > 0).all() else None
