@@ -1,0 +1,97 @@
+"""`ns-enhancer`: one console script for all commands of this package. Heavy imports happen inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from nerfstudio_enhancer.evaluation.benchmark import Benchmark
+from nerfstudio_enhancer.pairs.make_pairs import MakePairs
+
+
+@dataclass(frozen=True)
+class BenchRasterizer:
+    """Measure the rasteriser of this machine.
+
+    Times forward and backward passes over synthetic Gaussians at several sizes and prints a table.
+    """
+
+    output: Path | None = None
+    """JSON file for the figures; nothing is written without it."""
+
+
+@dataclass(frozen=True)
+class InspectPrior:
+    """Show what a prior's folder holds: its parts, their sizes on disk and their parameters.
+
+    The command ends with status 1 where a part is missing or broken.
+    """
+
+    path: Annotated[str, tyro.conf.Positional] = "bundled"
+    """A prior's folder, or `bundled` for the one that comes with this package."""
+
+
+COMMANDS = {
+    "benchmark": Benchmark,
+    "make-pairs": MakePairs,
+    "bench-rasterizer": BenchRasterizer,
+    "inspect-prior": InspectPrior,
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `ns-enhancer`. Errors that a user can mend are printed without traceback, with status 1."""
+    command = tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="ns-enhancer",
+        description="Commands beside nerfstudio's own: benchmarks, training pairs for the prior, and checks.",
+        args=arguments,
+        sort_subcommands=False,
+    )
+    try:
+        _run(command)
+    except (ValueError, FileNotFoundError, PermissionError, RuntimeError, ImportError) as error:
+        print(f"ns-enhancer: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("ns-enhancer: interrupted; what is done is kept, and repeating the command goes on.", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(command: object) -> None:
+    runners: dict[type, Callable] = {
+        Benchmark: _benchmark,
+        MakePairs: _make_pairs,
+        BenchRasterizer: _bench_rasterizer,
+        InspectPrior: _inspect_prior,
+    }
+    runners[type(command)](command)
+
+
+def _benchmark(command: Benchmark) -> None:
+    from nerfstudio_enhancer.evaluation.benchmark import run_benchmark
+
+    run_benchmark(command)
+
+
+def _make_pairs(command: MakePairs) -> None:
+    from nerfstudio_enhancer.pairs.make_pairs import make_pairs
+
+    make_pairs(command)
+
+
+def _bench_rasterizer(command: BenchRasterizer) -> None:
+    from nerfstudio_enhancer.rasterize.bench import bench_rasterizer
+
+    bench_rasterizer(command.output)
+
+
+def _inspect_prior(command: InspectPrior) -> None:
+    from nerfstudio_enhancer.evaluation.inspection import inspect_prior
+
+    print(inspect_prior(command.path))

@@ -1,0 +1,294 @@
+"""`ns-enhancer benchmark`: which cells to run, in which order, and what is kept of them. A cell itself is in `cell`."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nerfstudio.utils.rich_utils import CONSOLE
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nerfstudio_enhancer.evaluation.methods import METHODS
+from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
+from nerfstudio_enhancer.evaluation.tables import benchmark_tables
+from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
+
+TABLE_FILE = "table.md"
+SHEETS_FOLDER = "sheets"
+PRELOAD = ("nerfstudio_enhancer.evaluation.cell",)
+
+Preset = Literal["quick", "default"]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a training is; None leaves it to the method."""
+
+    steps: int | None
+    max_image_size: int | None
+
+
+PRESETS: dict[Preset, Scale] = {"quick": Scale(steps=1500, max_image_size=320), "default": Scale(None, None)}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Compare methods over scenes, numbers of reference views and seeds.
+
+    Every cell is trained with nerfstudio's trainer and measured with nerfstudio's own evaluation of the checkpoint. The
+    output folder receives results.json, table.md, side-by-side pictures in `sheets` and all runs with their config.yml.
+    Cells that are done are skipped, so that an interrupted benchmark goes on where it stopped when the command is
+    repeated. Methods that differ only from the first round on share the training before it.
+    """
+
+    data: tuple[Path, ...]
+    """Folders of the scenes, in nerfstudio's or COLMAP's layout."""
+    output: Path
+    """Folder of the results."""
+    views: tuple[int, ...] = (3, 6, 9)
+    """Numbers of reference views."""
+    methods: tuple[str, ...] = tuple(METHODS)
+    """Methods to compare, of: splatfacto-random, splatfacto, geometry, feed-renders, feed-mean-filled, feed-blurred,
+    3dgs-enhancer, oracle."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds of training and seed points."""
+    preset: Preset = "default"
+    """Either quick (1,500 steps at 320 px: about a minute a cell on two cores) or default (the method's own schedule)."""
+    steps: int | None = None
+    """Training steps instead of the preset's; the schedule is squeezed to fit."""
+    max_image_size: int | None = None
+    """Longest image side in pixels instead of the preset's."""
+    prior: str = "bundled"
+    """Prior of the method 3dgs-enhancer: bundled, a folder, or a hub name."""
+    redo: tuple[str, ...] = ()
+    """Methods whose cells are run again although they are done, for example after training another prior."""
+    jobs: int | None = None
+    """Cells at once, each with its share of the cores; by default one for each core, which wastes the least."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training and its evaluation."""
+
+    data: Path
+    views: int
+    seed: int
+    method: str
+
+    @property
+    def scene(self) -> str:
+        return self.data.name
+
+    @property
+    def place(self) -> str:
+        """Folder of all cells of the same scene, views and seed."""
+        return f"{self.scene}/k{self.views:02d}_s{self.seed}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return self.scene, self.views, self.seed, self.method
+
+
+@dataclass(frozen=True)
+class CellSettings:
+    """What all cells share."""
+
+    output: Path
+    scale: Scale
+    prior: str
+
+
+Runner = Callable[[Cell, CellSettings], dict[str, Any]]
+StageRunner = Callable[[Cell, CellSettings], None]
+
+
+def run_benchmark(benchmark: Benchmark) -> Results:
+    """Run what is missing and write results, tables and pictures.
+
+    Returns:
+        All results in the output folder.
+
+    Raises:
+        FileNotFoundError: if a scene's folder is missing.
+        ValueError: for an unknown method, ambiguous scene names, or an output folder of other settings.
+        RuntimeError: if cells failed; all others are kept, and repeating the command tries the failed ones again.
+    """
+    cells = plan_cells(benchmark)
+    scale = _scale(benchmark)
+    results = load_results(benchmark.output, _settings(benchmark, scale))
+    results.drop({cell.key for cell in cells if cell.method in benchmark.redo})
+    missing = [cell for cell in cells if not results.has(cell.key)]
+    CONSOLE.print(f"{len(cells)} cells, {len(cells) - len(missing)} of them done already.")
+    _run(missing, results, CellSettings(benchmark.output, scale, benchmark.prior), benchmark.jobs)
+    _write(results, benchmark.output)
+    if results.failures:
+        first = results.failures[0]
+        raise RuntimeError(
+            f"{len(results.failures)} of {len(missing)} cells failed; the first, {first['cell']}: {first['error']}. "
+            "Repeat the command to try them again."
+        )
+    CONSOLE.print(f"Results: {benchmark.output / 'results.json'}, tables: {benchmark.output / TABLE_FILE}")
+    return results
+
+
+def plan_cells(benchmark: Benchmark) -> list[Cell]:
+    """All cells of a benchmark, those of one place together.
+
+    Raises:
+        FileNotFoundError: if a scene's folder is missing.
+        ValueError: for an unknown method, no scene, or scenes of the same name.
+    """
+    unknown = [method for method in (*benchmark.methods, *benchmark.redo) if method not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}.")
+    names = [data.name for data in benchmark.data]
+    if not names or len(set(names)) != len(names):
+        raise ValueError(f"`--data` takes one or more scenes, told apart by folder name; got {names}.")
+    for data in benchmark.data:
+        if not data.exists():
+            raise FileNotFoundError(f"there is no scene at {data}.")
+    methods = [method for method in METHODS if method in benchmark.methods]
+    return [
+        Cell(data, views, seed, method)
+        for seed, views, data, method in itertools.product(benchmark.seeds, benchmark.views, benchmark.data, methods)
+    ]
+
+
+def _scale(benchmark: Benchmark) -> Scale:
+    preset = PRESETS[benchmark.preset]
+    return Scale(benchmark.steps or preset.steps, benchmark.max_image_size or preset.max_image_size)
+
+
+def _settings(benchmark: Benchmark, scale: Scale) -> dict[str, Any]:
+    return {
+        "preset": benchmark.preset,
+        "steps": scale.steps,
+        "max_image_size": scale.max_image_size,
+        "prior": benchmark.prior,
+    }
+
+
+def _run(cells: Sequence[Cell], results: Results, settings: CellSettings, jobs: int | None) -> None:
+    workers, threads = workers_and_threads(jobs)
+    by_job = {_job_key(cell): cell for cell in cells}
+    commit = code_version()
+    results.failures = []
+    begin_s, done = time.monotonic(), 0
+    with _progress(len(cells)) as advance:
+        for result in run_jobs(plan_jobs(cells, settings), workers, threads, PRELOAD):
+            cell = by_job.get(result.key)
+            if cell is None:
+                if result.error:
+                    CONSOLE.print(f"{result.key}: FAILED: {result.error}", markup=False)
+                continue
+            done += 1
+            advance()
+            _keep(cell, result, results, settings.output, {"commit": commit, "jobs": workers, "threads": threads})
+            left_min = (time.monotonic() - begin_s) / done * (len(cells) - done) / 60
+            CONSOLE.print(f"[{done}/{len(cells)}] {_say(cell, result)}, about {left_min:.0f} min left", markup=False)
+
+
+def plan_jobs(cells: Sequence[Cell], settings: CellSettings) -> list[Job]:
+    """Jobs of the cells; before the first of those that share a first stage comes the job that trains it."""
+    jobs: list[Job] = []
+    for cell in cells:
+        stage = None
+        if METHODS[cell.method].shares_first_stage:
+            stage = f"{cell.place}/first-stage"
+            if all(job.key != stage for job in jobs):
+                log = settings.output / "logs" / cell.place / "first-stage.txt"
+                jobs.append(Job(stage, _first_stage, (cell, settings), log=log))
+        log = settings.output / "logs" / cell.place / f"{cell.method}.txt"
+        jobs.append(Job(_job_key(cell), _cell, (cell, settings), after=stage, log=log))
+    return jobs
+
+
+def _first_stage(cell: Cell, settings: CellSettings) -> None:
+    from nerfstudio_enhancer.evaluation.cell import train_first_stage
+
+    train_first_stage(cell, settings)
+
+
+def _cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
+    from nerfstudio_enhancer.evaluation.cell import run_cell
+
+    return run_cell(cell, settings)
+
+
+def _job_key(cell: Cell) -> str:
+    return f"{cell.place}/{cell.method}"
+
+
+def _keep(cell: Cell, result: JobResult, results: Results, output: Path, common: dict[str, Any]) -> None:
+    if result.error is not None:
+        results.failures.append({"cell": _job_key(cell), "error": result.error})
+    else:
+        peak = max(result.peak_rss_mb, result.value.pop("first_stage_peak_rss_mb", 0.0))
+        results.add({**result.value, "peak_rss_mb": round(peak, 1), **common})
+    _write(results, output)
+    _write_sheet(cell, results, output)
+
+
+def _write(results: Results, output: Path) -> None:
+    save_results(results, output)
+    (output / TABLE_FILE).write_text(benchmark_tables(results.cells, results.settings), encoding="utf-8")
+
+
+def _write_sheet(cell: Cell, results: Results, output: Path) -> None:
+    """The side-by-side picture of a place, as far as it has come."""
+    from nerfstudio_enhancer.evaluation.sheets import write_comparison
+
+    here = {
+        entry["method"]: entry
+        for entry in results.cells
+        if (entry["scene"], entry["views"], entry["seed"]) == cell.key[:3]
+    }
+    renders = {method: output / here[method]["renders"] for method in METHODS if method in here}
+    if renders:
+        write_comparison(renders, output / SHEETS_FOLDER / f"{cell.place.replace('/', '_')}.png")
+
+
+def _say(cell: Cell, result: JobResult) -> str:
+    if result.error is not None:
+        return f"{_job_key(cell)}: FAILED: {result.error}"
+    value = result.value
+    return (
+        f"{_job_key(cell)}: PSNR {value['psnr']:.2f}, SSIM {value['ssim']:.3f}, LPIPS {value['lpips']:.3f}; "
+        f"{result.wall_s:.0f} s"
+    )
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[], None]]:
+    columns = (TextColumn("benchmark"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=CONSOLE, transient=True, disable=not CONSOLE.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda: progress.advance(task)
+
+
+def code_version() -> str:
+    """Commit of this package's working tree (with `+changes` where files differ), else the installed version."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    folder = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        if git("ls-files", Path(__file__).name):
+            changed = git("status", "--porcelain", "--untracked-files=no")
+            return git("rev-parse", "--short=10", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        pass
+    try:
+        return version("nerfstudio-enhancer")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,165 @@
+"""One cell of the benchmark: nerfstudio's training, then nerfstudio's evaluation of its checkpoint."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+
+from nerfstudio_enhancer.evaluation.methods import (
+    METHODS,
+    datamanager_of,
+    dataparser_of,
+    fit_schedule,
+    method_config,
+    model_of,
+    set_prior,
+    with_random_points,
+    without_additions,
+)
+from nerfstudio_enhancer.jobs import peak_rss_mb
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.evaluation.benchmark import Cell, CellSettings
+
+RUNS_FOLDER = "runs"
+FIRST_STAGE = "first-stage"
+STAGE_FILE = "stage.json"
+RENDERS_FOLDER = "renders"
+
+
+def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
+    """Settings of a cell's whole training, as `ns-train 3dgs-enhancer` with flags would have them."""
+    method = METHODS[cell.method]
+    config = method_config()
+    if settings.scale.steps is not None:
+        fit_schedule(config, settings.scale.steps)
+    set_prior(config, settings.prior if method.feed == "enhanced" else "none", method.feed or "enhanced")
+    if not method.additions:
+        without_additions(config)
+    if method.random_points:
+        with_random_points(config)
+    datamanager, dataparser = datamanager_of(config), dataparser_of(config)
+    config.data = datamanager.data = cell.data
+    dataparser.num_views = cell.views
+    dataparser.seed = cell.seed
+    config.machine.seed = cell.seed
+    if settings.scale.max_image_size is not None:
+        datamanager.max_image_size = settings.scale.max_image_size
+    config.output_dir = settings.output / RUNS_FOLDER
+    config.experiment_name = cell.place
+    config.timestamp = cell.method
+    # Only the last checkpoint is measured, by the evaluation after the training.
+    config.steps_per_save = config.max_num_iterations
+    config.steps_per_eval_image = config.steps_per_eval_batch = config.steps_per_eval_all_images = 0
+    return config
+
+
+def train_first_stage(cell: Cell, settings: CellSettings) -> None:
+    """Train up to the step before the first round, once for all methods that differ only from there on."""
+    config = _first_stage_config(cell, settings)
+    marker = config.get_base_dir() / STAGE_FILE
+    if marker.exists():
+        return
+    _, wall_s = _train(config)
+    marker.write_text(json.dumps({"wall_s": wall_s, "peak_rss_mb": peak_rss_mb()}), encoding="utf-8")
+
+
+def run_cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
+    """Train and measure one cell.
+
+    Returns:
+        The cell's entry in the results, without the memory and commit that the caller knows.
+    """
+    config = cell_config(cell, settings)
+    steps = config.max_num_iterations
+    stage = {"wall_s": 0.0, "peak_rss_mb": 0.0}
+    if METHODS[cell.method].shares_first_stage:
+        before = _first_stage_config(cell, settings)
+        stage = json.loads((before.get_base_dir() / STAGE_FILE).read_text(encoding="utf-8"))
+        config.load_dir = before.get_checkpoint_dir()
+        # Nerfstudio counts the steps of a resumed training from its checkpoint.
+        config.max_num_iterations = steps - before.max_num_iterations
+    trainer, own_s = _train(config)
+    return {
+        "scene": cell.scene,
+        "views": cell.views,
+        "seed": cell.seed,
+        "method": cell.method,
+        **evaluate(trainer),
+        "wall_s": round(stage["wall_s"] + own_s, 2),
+        "first_stage_s": round(stage["wall_s"], 2),
+        "first_stage_peak_rss_mb": stage["peak_rss_mb"],
+        "steps": steps,
+        "config": _relative(config.get_base_dir() / "config.yml", settings.output),
+        "renders": _relative(config.get_base_dir() / RENDERS_FOLDER, settings.output),
+    }
+
+
+def evaluate(trainer: Trainer) -> dict[str, Any]:
+    """What `ns-eval` does, on the scene that is in memory already: load the checkpoint, render and measure the test views.
+
+    Returns:
+        Means of psnr, ssim and lpips over the test views, their number, the seconds it took and the number of splats.
+    """
+    begin_s = time.monotonic()
+    (checkpoint,) = trainer.checkpoint_dir.glob("*.ckpt")
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    pipeline = trainer.pipeline
+    pipeline.load_pipeline(state["pipeline"], state["step"])
+    renders = trainer.base_dir / RENDERS_FOLDER
+    with torch.no_grad():
+        metrics = pipeline.get_average_eval_image_metrics(output_path=renders)
+    return {
+        "psnr": metrics["psnr"],
+        "ssim": metrics["ssim"],
+        "lpips": metrics["lpips"],
+        "test_views": len(list(renders.glob("*_img_*.png"))),
+        "splats": state["pipeline"]["_model.gauss_params.means"].shape[0],
+        "eval_s": round(time.monotonic() - begin_s, 2),
+    }
+
+
+def set_seed(seed: int) -> None:
+    """Seed the global generators as `ns-train` does."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
+def _first_stage_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
+    config = cell_config(cell, settings)
+    set_prior(config, "none")
+    config.timestamp = FIRST_STAGE
+    config.max_num_iterations = model_of(config).enhance.start
+    return config
+
+
+def _train(config: TrainerConfig) -> tuple[Trainer, float]:
+    """Train as `ns-train` does; what an interrupted attempt left in the run's folder is removed first.
+
+    Returns:
+        The trainer, and the seconds from reading the scene to the last checkpoint.
+    """
+    shutil.rmtree(config.get_base_dir(), ignore_errors=True)
+    config.save_config()
+    if config.load_dir is not None:
+        # The splats come from a checkpoint: seed points would only be searched to be thrown away.
+        with_random_points(config)
+    begin_s = time.monotonic()
+    set_seed(config.machine.seed)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    trainer.train()
+    return trainer, time.monotonic() - begin_s
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()

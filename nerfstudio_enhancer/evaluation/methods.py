@@ -1,0 +1,127 @@
+"""The methods of the benchmark, as settings of the one training command that they all share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, cast
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import TrainerConfig
+
+    from nerfstudio_enhancer.datamanager import EnhancerDataManagerConfig
+    from nerfstudio_enhancer.model import EnhancerModelConfig
+    from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
+
+Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs"]
+
+METHOD_NAME = "3dgs-enhancer"
+
+
+@dataclass(frozen=True)
+class Method:
+    """One row of the benchmark."""
+
+    title: str
+    """What it is, in words for the table."""
+    additions: bool = True
+    """With the method's own additions to splatfacto (everything but the prior)."""
+    random_points: bool = False
+    """Starts from random points instead of the best seed points that can be had."""
+    feed: Feed | None = None
+    """What its rounds feed back; None: no rounds."""
+
+    @property
+    def shares_first_stage(self) -> bool:
+        """Whether its training up to the first round is the same as that of `geometry`."""
+        return self.additions and not self.random_points
+
+
+METHODS = {
+    "splatfacto-random": Method("plain splatfacto from random points", additions=False, random_points=True),
+    "splatfacto": Method("plain splatfacto from our seed points", additions=False),
+    "geometry": Method("every addition but the prior"),
+    "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
+    "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
+    "feed-blurred": Method("control: blurred renders fed back", feed="blurred"),
+    "3dgs-enhancer": Method("the whole method", feed="enhanced"),
+    "oracle": Method("ceiling: real photographs of unused views fed back", feed="photographs"),
+}
+
+
+def method_config() -> TrainerConfig:
+    """A fresh copy of the settings that `ns-train 3dgs-enhancer` starts from, without viewer and logger.
+
+    Raises:
+        ImportError: if nerfstudio does not know the method.
+    """
+    import copy
+
+    from nerfstudio.configs.method_configs import all_methods
+
+    if METHOD_NAME not in all_methods:
+        raise ImportError(f"nerfstudio does not know `{METHOD_NAME}`; install this package with `pip install -e .`.")
+    config = copy.deepcopy(all_methods[METHOD_NAME])
+    # No viewer and no logger. Nerfstudio compares this string with the names of those it knows.
+    config.vis = "none"  # pyright: ignore[reportAttributeAccessIssue]
+    config.viewer.quit_on_train_completion = True
+    return config
+
+
+def model_of(config: TrainerConfig) -> EnhancerModelConfig:
+    """The method's model settings."""
+    return cast("EnhancerModelConfig", config.pipeline.model)
+
+
+def datamanager_of(config: TrainerConfig) -> EnhancerDataManagerConfig:
+    """The method's data manager settings."""
+    return cast("EnhancerDataManagerConfig", config.pipeline.datamanager)
+
+
+def dataparser_of(config: TrainerConfig) -> SparseViewsDataParserConfig:
+    """The method's dataparser settings."""
+    return cast("SparseViewsDataParserConfig", datamanager_of(config).dataparser)
+
+
+def fit_schedule(config: TrainerConfig, steps: int) -> None:
+    """Stretch or squeeze, in place, everything that the schedule states in steps to another total number of steps.
+
+    Densification, spherical harmonics, learning rates and rounds then come at the same share of the training. The
+    distance of two densifications (`refine_every`) stays, since it is a number of gradients to average over.
+
+    Raises:
+        ValueError: if there are fewer than 3 steps, too few for a round in between.
+    """
+    if steps < 3:
+        raise ValueError(f"a training with a round needs at least 3 steps, got {steps}.")
+    scale = steps / config.max_num_iterations
+    model = model_of(config)
+    for owner, names in (
+        (model, ("warmup_length", "sh_degree_interval", "resolution_schedule", "stop_split_at", "stop_screen_size_at")),
+        (model.enhance, ("start", "every")),
+    ):
+        for name in names:
+            setattr(owner, name, max(1, round(getattr(owner, name) * scale)))
+    for group in config.optimizers.values():
+        scheduler = group["scheduler"]
+        if scheduler is not None:
+            scheduler.max_steps = max(1, round(scheduler.max_steps * scale))
+            scheduler.warmup_steps = round(scheduler.warmup_steps * scale)
+    config.max_num_iterations = steps
+
+
+def without_additions(config: TrainerConfig) -> None:
+    """Switch off, in place, what the method adds to splatfacto beside the prior."""
+    model = model_of(config)
+    model.gaussian_dropout = 0.0
+    model.fill_background = "splatfacto"
+
+
+def with_random_points(config: TrainerConfig) -> None:
+    """Start, in place, from random points in the references' frusta."""
+    dataparser_of(config).seed_points = "random"
+
+
+def set_prior(config: TrainerConfig, prior: str, feed: Feed = "enhanced") -> None:
+    """Choose, in place, the prior and what its rounds feed back; `none` means no rounds."""
+    enhance = model_of(config).enhance
+    enhance.prior, enhance.feed = prior, feed

@@ -1,0 +1,160 @@
+"""The benchmark's tables in Markdown; pure functions of the cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+from typing import Any
+
+from nerfstudio_enhancer.evaluation.methods import METHODS
+
+BASELINES = ("splatfacto", "geometry")
+"""Methods over which gains are reported."""
+CEILING = "oracle"
+FIGURES = ("psnr", "ssim", "lpips")
+MISSING = "-"
+
+Cell = dict[str, Any]
+
+
+def benchmark_tables(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
+    """All tables: figures by scene and number of views, means, gains, share of the oracle's gain, time and memory."""
+    if not cells:
+        return "No cell is done yet.\n"
+    methods = [method for method in METHODS if any(cell["method"] == method for cell in cells)]
+    parts = [
+        _head(cells, settings),
+        "## PSNR / SSIM / LPIPS\n\n" + _figures(cells, methods),
+        "## Gains in means over scenes\n\n" + _gains(cells, methods),
+        "## Seconds and memory, mean over cells\n\n" + _cost(cells, methods),
+    ]
+    return "\n".join(parts)
+
+
+def mean_of(cells: Sequence[Cell], figure: str) -> float:
+    """Mean over scenes of the mean over seeds."""
+    scenes = sorted({cell["scene"] for cell in cells})
+    return mean(mean(cell[figure] for cell in cells if cell["scene"] == scene) for scene in scenes)
+
+
+def shared_cells(cells: Sequence[Cell], methods: Sequence[str]) -> list[Cell]:
+    """Cells of those (scene, views, seed) that every one of the methods has, so that their means compare."""
+    places = [{_place(cell) for cell in cells if cell["method"] == method} for method in methods]
+    common = set.intersection(*places) if places else set()
+    return [cell for cell in cells if cell["method"] in methods and _place(cell) in common]
+
+
+def share_of_ceiling(value: float, baseline: float, ceiling: float) -> float | None:
+    """Which part of the ceiling's gain a method has; None where the ceiling gains nothing."""
+    return (value - baseline) / (ceiling - baseline) if ceiling > baseline else None
+
+
+def _place(cell: Cell) -> tuple[Any, ...]:
+    return cell["scene"], cell["views"], cell["seed"]
+
+
+def _head(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
+    seeds = sorted({cell["seed"] for cell in cells})
+    commits = sorted({cell["commit"] for cell in cells})
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    lines = [
+        "# Benchmark\n",
+        f"{len(cells)} cells; seeds {_list(seeds)}; commit {_list(commits)}; {told}.",
+        "Figures are nerfstudio's own evaluation of the checkpoint on the test views: every 8th of the views that are no references.\n",
+        *(f"* `{name}`: {METHODS[name].title}" for name in METHODS if any(cell["method"] == name for cell in cells)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _figures(cells: Sequence[Cell], methods: Sequence[str]) -> str:
+    rows = []
+    for views in sorted({cell["views"] for cell in cells}):
+        of_views = [cell for cell in cells if cell["views"] == views]
+        for scene in sorted({cell["scene"] for cell in of_views}):
+            of_scene = [cell for cell in of_views if cell["scene"] == scene]
+            rows.append([scene, str(views), *(_scores(_of(of_scene, method)) for method in methods)])
+        shared = shared_cells(of_views, methods)
+        count = len({cell["scene"] for cell in shared})
+        rows.append([f"**mean of {count}**", str(views), *(_mean_scores(_of(shared, method)) for method in methods)])
+    return _table(["scene", "views", *methods], rows)
+
+
+def _gains(cells: Sequence[Cell], methods: Sequence[str]) -> str:
+    shared = shared_cells(cells, methods)
+    baselines = [name for name in BASELINES if name in methods]
+    if not shared or not baselines:
+        return f"No gain to report: needs cells of {' or '.join(BASELINES)} and of another method at the same place.\n"
+    header = ["views", "method", *(f"over {name}: PSNR / SSIM / LPIPS" for name in baselines)]
+    with_share = CEILING in methods and "geometry" in methods
+    rows = []
+    for views in [*sorted({cell["views"] for cell in shared}), None]:
+        group = [cell for cell in shared if views is None or cell["views"] == views]
+        for method in methods:
+            own = _of(group, method)
+            gains = [_gain(own, _of(group, name)) if name != method else MISSING for name in baselines]
+            share = [_share(own, _of(group, "geometry"), _of(group, CEILING))] if with_share else []
+            rows.append(["all" if views is None else str(views), method, *gains, *share])
+    return _table([*header, *(["share of the oracle's PSNR gain over geometry"] if with_share else [])], rows)
+
+
+def _cost(cells: Sequence[Cell], methods: Sequence[str]) -> str:
+    rows = []
+    for method in methods:
+        own = _of(cells, method)
+        peak = max(cell["peak_rss_mb"] for cell in own)
+        rows.append([method, f"{mean(cell['wall_s'] for cell in own):.0f}", f"{peak:.0f}"])
+    note = (
+        "\nSeconds are those of training: its own part and, for methods that continue `geometry` from before the first round, "
+        "the shared first stage, which is trained once. Evaluation and imports are left out. Cells run side by side, each on "
+        "its share of the cores.\n"
+    )
+    return _table(["method", "seconds", "largest peak memory, MiB"], rows) + note
+
+
+def _of(cells: Sequence[Cell], method: str) -> list[Cell]:
+    return [cell for cell in cells if cell["method"] == method]
+
+
+def _scores(cells: Sequence[Cell]) -> str:
+    """Mean over the seeds of one scene, with the spread of PSNR where there are several."""
+    if not cells:
+        return MISSING
+    spread = f" ± {stdev(cell['psnr'] for cell in cells):.2f}" if len(cells) > 1 else ""
+    psnr, ssim, lpips = (mean(cell[figure] for cell in cells) for figure in FIGURES)
+    return f"{psnr:.2f}{spread} / {ssim:.3f} / {lpips:.3f}"
+
+
+def _mean_scores(cells: Sequence[Cell]) -> str:
+    if not cells:
+        return MISSING
+    psnr, ssim, lpips = (mean_of(cells, figure) for figure in FIGURES)
+    return f"**{psnr:.2f} / {ssim:.3f} / {lpips:.3f}**"
+
+
+def _gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
+    psnr, ssim, lpips = (_mean_over_places(cells, figure) - _mean_over_places(baseline, figure) for figure in FIGURES)
+    return f"{psnr:+.2f} / {ssim:+.3f} / {lpips:+.3f}"
+
+
+def _share(cells: Sequence[Cell], baseline: Sequence[Cell], ceiling: Sequence[Cell]) -> str:
+    share = share_of_ceiling(*(_mean_over_places(group, "psnr") for group in (cells, baseline, ceiling)))
+    return MISSING if share is None else f"{100 * share:.0f} %"
+
+
+def _mean_over_places(cells: Sequence[Cell], figure: str) -> float:
+    views = sorted({cell["views"] for cell in cells})
+    return mean(mean_of([cell for cell in cells if cell["views"] == k], figure) for k in views)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _list(values: Sequence[Any]) -> str:
+    return ", ".join(map(str, values))

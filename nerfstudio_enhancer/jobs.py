@@ -1,0 +1,202 @@
+"""Independent pieces of work, each in a process of its own, several at a time on one machine.
+
+The heavy imports are done once, in multiprocessing's fork server; each job is forked from it before any thread pool
+exists, so that it starts in milliseconds, its peak memory is its own, and a crash of one job leaves the others alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of an importable function with picklable arguments."""
+
+    key: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    after: str | None = None
+    """Key of a job that has to succeed before this one starts."""
+    log: Path | None = None
+    """File that receives what the job prints; None prints it through."""
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """How a job ended."""
+
+    key: str
+    value: Any = None
+    error: str | None = None
+    """Traceback or reason, None where the job succeeded."""
+    wall_s: float = 0.0
+    """Seconds between start and end of the job's process."""
+    peak_rss_mb: float = 0.0
+    """Largest resident memory of the job's process in MiB."""
+
+
+def available_cores() -> int:
+    """Number of cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def workers_and_threads(jobs: int | None) -> tuple[int, int]:
+    """Number of processes at once and threads of each, which together fill the cores.
+
+    Raises:
+        ValueError: If fewer than one job at a time is asked for.
+    """
+    cores = available_cores()
+    if jobs is None:
+        return cores, 1
+    if jobs < 1:
+        raise ValueError(f"`--jobs` is the number of processes at once and must be at least 1, got {jobs}.")
+    return jobs, max(1, cores // jobs)
+
+
+def run_jobs(
+    jobs: Iterable[Job],
+    workers: int,
+    threads: int = 1,
+    preload: Sequence[str] = (),
+    may_start: Callable[[Job], bool] = lambda job: True,
+) -> Iterator[JobResult]:
+    """Run jobs in processes of their own and yield each result when it is there.
+
+    Jobs start in the given order, except that one which waits for another starts as soon as that one has succeeded,
+    before jobs further down the list. A job whose predecessor failed fails too.
+
+    Args:
+        jobs: Jobs with distinct keys.
+        workers: Processes at once, at least 1.
+        threads: Threads of each process.
+        preload: Modules imported once and shared by all processes.
+        may_start: Asked right before a job starts; where it says no, the job is left out without a result.
+    """
+    waiting = list(jobs)
+    keys = [job.key for job in waiting]
+    if len(set(keys)) != len(keys):
+        raise ValueError(f"jobs need distinct keys, got {sorted({key for key in keys if keys.count(key) > 1})} twice.")
+    for place, job in enumerate(waiting):
+        if job.after is not None and job.after not in keys[:place]:
+            raise ValueError(f"job '{job.key}' waits for '{job.after}', which is no job before it in the list.")
+    context = _context(preload, threads)
+    running: dict[Connection, _Running] = {}
+    succeeded: set[str] = set()
+    failed: set[str] = set()
+    left_out: set[str] = set()
+    try:
+        while waiting or running:
+            for job in list(waiting):
+                if job.after in failed or job.after in left_out:
+                    waiting.remove(job)
+                    (failed if job.after in failed else left_out).add(job.key)
+                    if job.after in failed:
+                        yield JobResult(job.key, error=f"not started, since '{job.after}' failed")
+                elif (job.after is None or job.after in succeeded) and len(running) < workers:
+                    waiting.remove(job)
+                    if may_start(job):
+                        started = _start(context, job, threads)
+                        running[started.connection] = started
+                    else:
+                        left_out.add(job.key)
+            for connection in wait(list(running)) if running else []:
+                result = running.pop(connection).finish()  # pyright: ignore[reportArgumentType]
+                (failed if result.error else succeeded).add(result.key)
+                yield result
+    finally:
+        for started in running.values():
+            started.process.terminate()
+        for started in running.values():
+            started.process.join()
+
+
+@dataclass(frozen=True)
+class _Running:
+    job: Job
+    process: Any
+    connection: Connection
+    since_s: float
+
+    def finish(self) -> JobResult:
+        wall_s = time.monotonic() - self.since_s
+        try:
+            value, error, peak_rss_mb = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            value, error, peak_rss_mb = None, None, 0.0
+            self.process.join()
+            code = self.process.exitcode
+            why = f"was ended by signal {-code}" if code is not None and code < 0 else f"ended with status {code}"
+            error = f"its process {why} without a result (out of memory?){_see(self.job.log)}"
+        self.process.join()
+        self.connection.close()
+        return JobResult(self.job.key, value, error, wall_s, peak_rss_mb)
+
+
+def _see(log: Path | None) -> str:
+    return "" if log is None else f"; see {log}"
+
+
+def _context(preload: Sequence[str], threads: int) -> Any:
+    # Read by thread pools when they start, which is after the fork.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(preload))
+    return context
+
+
+def _start(context: Any, job: Job, threads: int) -> _Running:
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(job, sender, threads), name=job.key)
+    process.start()
+    sender.close()
+    return _Running(job, process, receiver, time.monotonic())
+
+
+def _child(job: Job, sender: Connection, threads: int) -> None:
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if job.log is not None:
+        job.log.parent.mkdir(parents=True, exist_ok=True)
+        _send_output_to(job.log)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    value, error = None, None
+    try:
+        value = job.function(*job.arguments)
+    except KeyboardInterrupt:
+        error = "interrupted"
+    except BaseException as exception:
+        traceback.print_exc()
+        error = f"{type(exception).__name__}: {exception}{_see(job.log)}"
+    sender.send((value, error, peak_rss_mb()))
+    sender.close()
+
+
+def _send_output_to(path: Path) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def peak_rss_mb() -> float:
+    """Largest resident memory that this process has had so far, in MiB."""
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib / (1024**2 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,273 @@
+"""Train sparse splats with the method's own model and render them at the cameras that were left out."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
+from nerfstudio.data.datasets.base_dataset import InputDataset
+from nerfstudio.engine.callbacks import TrainingCallbackLocation
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
+from torch import Tensor
+
+from diffusion_prior.conditioning import normalised_disparity
+from diffusion_prior.data.pairs import PairRun, run_folder, write_run
+from nerfstudio_enhancer.contact_sheet import write_sheet
+from nerfstudio_enhancer.conventions import to_channels_first
+from nerfstudio_enhancer.datamanager import EnhancerDataManager
+from nerfstudio_enhancer.evaluation.cell import set_seed
+from nerfstudio_enhancer.evaluation.methods import (
+    datamanager_of,
+    dataparser_of,
+    fit_schedule,
+    method_config,
+    set_prior,
+    with_random_points,
+    without_additions,
+)
+from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
+from nerfstudio_enhancer.rendering import render_clip
+from nerfstudio_enhancer.scene.capture import natural_key
+
+ASPECT_TOLERANCE = 0.02
+"""Largest relative difference of aspect ratio at which a picture is resized to the run's size instead of left out."""
+STEPS_OF_WHOLE_TRAINING = 1.5
+"""The last run of a training is what a round would see: with the method's schedule it comes after two thirds."""
+SHEET_ROWS = 5
+"""Frames shown on a contact sheet."""
+
+
+def make_runs(training: SplatTraining, steps: Sequence[int]) -> int:
+    """Train once and store a run after each of the numbers of steps.
+
+    Returns:
+        Number of runs stored.
+
+    Raises:
+        ValueError: if no left-out photograph has the references' shape.
+    """
+    config = _trainer_config(training)
+    set_seed(config.machine.seed)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    views = _LeftOutViews.read(trainer.pipeline.datamanager)
+    begin = 0
+    for end in sorted(steps):
+        _train(trainer, begin, end)
+        begin = end
+        run = _render_run(trainer, training, views, end)
+        folder = run_folder(training.output, training.scene, training.num_views, training.seed, end)
+        write_run(folder, run)
+        save_contact_sheet(run, folder / "contact_sheet.png")
+    return len(steps)
+
+
+class PairsDataManager(EnhancerDataManager):
+    """References for training as always; the pictures for evaluation are the left-out ones that are to be stored."""
+
+    def __init__(self, *args, max_frames: int, **kwargs) -> None:
+        self.max_frames = max_frames
+        super().__init__(*args, **kwargs)
+
+    def create_eval_dataset(self) -> InputDataset:
+        """The left-out photographs, thinned evenly to `max_frames`."""
+        outputs = thinned(self.dataparser.get_dataparser_outputs(split=self.test_split), self.max_frames)
+        return InputDataset(outputs, self._scale_factor(self.train_dataparser_outputs.cameras, outputs.cameras))
+
+
+def thinned(outputs: DataparserOutputs, most: int) -> DataparserOutputs:
+    """At most so many of the views, evenly spread over their order."""
+    count = len(outputs.image_filenames)
+    keep = np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist()
+    masks = outputs.mask_filenames
+    return dataclasses.replace(
+        outputs,
+        image_filenames=[outputs.image_filenames[i] for i in keep],
+        mask_filenames=None if masks is None else [masks[i] for i in keep],
+        cameras=outputs.cameras[torch.tensor(keep)],
+        metadata={},
+    )
+
+
+def _trainer_config(training: SplatTraining) -> TrainerConfig:
+    config = method_config()
+    set_prior(config, "none")
+    if not training.additions:
+        without_additions(config)
+    if training.random_points:
+        with_random_points(config)
+    config.machine.seed = training.seed
+    fit_schedule(config, round(STEPS_OF_WHOLE_TRAINING * max(training.steps)))
+    config.data = training.data
+    datamanager, dataparser = datamanager_of(config), dataparser_of(config)
+    datamanager.data = training.data
+    datamanager.max_image_size = training.size
+    # Every view that is no reference is a test view, and all of them are for storing.
+    dataparser.num_views = training.num_views
+    dataparser.test_every = 1
+    dataparser.seed = training.seed
+    datamanager._target = functools.partial(  # pyright: ignore[reportAttributeAccessIssue]
+        PairsDataManager, max_frames=training.max_frames
+    )
+    return config
+
+
+def _train(trainer: Trainer, begin: int, end: int) -> None:
+    """Nerfstudio's training loop without viewer, logging, evaluation and checkpoints."""
+    pipeline = trainer.pipeline
+    for step in range(begin, end):
+        trainer.step = step
+        pipeline.train()
+        for callback in trainer.callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.BEFORE_TRAIN_ITERATION)
+        trainer.train_iteration(step)
+        for callback in trainer.callbacks:
+            callback.run_callback_at_location(step, TrainingCallbackLocation.AFTER_TRAIN_ITERATION)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LeftOutViews:
+    """Photographs and cameras of a run, read once for all its numbers of steps."""
+
+    reference_cameras: Cameras
+    references: UInt8[Tensor, "k 3 h w"]
+    cameras: list[Cameras]
+    photographs: UInt8[Tensor, "n 3 h w"]
+    before: list[int]
+    intrinsics: Float[Tensor, "n 4"]
+
+    @classmethod
+    def read(cls, datamanager: PairsDataManager) -> _LeftOutViews:
+        photographs = [_channels_first(data["image"]) for data in datamanager.cached_eval]
+        references = [_channels_first(data["image"]) for data in datamanager.cached_train]
+        size = tuple(references[0].shape[-2:])
+        kept = [i for i, photograph in enumerate(photographs) if fits(tuple(photograph.shape[-2:]), size)]
+        if not kept or not all(fits(tuple(reference.shape[-2:]), size) for reference in references):
+            raise ValueError(
+                f"pairs need photographs of one shape: the first reference has {size} pixels, which "
+                f"{len(kept)} of {len(photographs)} left-out photographs share; leave the scene out."
+            )
+        cameras = datamanager.eval_dataset.cameras
+        return cls(
+            reference_cameras=datamanager.train_dataset.cameras,
+            references=torch.stack([_resized(reference, size) for reference in references]),
+            cameras=[cameras[i : i + 1] for i in kept],
+            photographs=torch.stack([_resized(photographs[i], size) for i in kept]),
+            before=[
+                last_reference_before(
+                    datamanager.eval_dataset.image_filenames[i], datamanager.train_dataset.image_filenames
+                )
+                for i in kept
+            ],
+            intrinsics=torch.stack([_intrinsics(cameras[i], size) for i in kept]),
+        )
+
+
+def fits(size: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+    """Whether a picture (height, width) has nearly the wanted aspect ratio."""
+    return abs(size[1] / size[0] * wanted[0] / wanted[1] - 1) <= ASPECT_TOLERANCE
+
+
+def last_reference_before(name: Path, references: Sequence[Path]) -> int:
+    """Index of the last reference that comes before a photograph in capture order, such that one also comes after it.
+
+    A photograph before the first or after the last reference counts to the first or last pair.
+    """
+    place = natural_key(name.as_posix())
+    earlier = sum(natural_key(reference.as_posix()) < place for reference in references)
+    return min(max(earlier - 1, 0), len(references) - 2)
+
+
+def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews, steps: int) -> PairRun:
+    model = trainer.pipeline.model
+    size = tuple(views.references.shape[-2:])
+    rendered = [_rendered(model, camera, size) for camera in views.cameras]
+    at_references = [_rendered(model, views.reference_cameras[i : i + 1], size) for i in range(training.num_views)]
+    render, alpha, disparity = (torch.cat(parts) for parts in zip(*rendered))
+    before = torch.tensor(views.before)
+    return PairRun(
+        scene=training.scene,
+        num_views=training.num_views,
+        seed=training.seed,
+        steps=steps,
+        render=render,
+        alpha=alpha,
+        disparity=disparity,
+        target=views.photographs,
+        references=views.references,
+        reference_disparity=torch.cat([parts[2] for parts in at_references]),
+        before=before,
+        after=before + 1,
+        camera_to_world=torch.cat([camera.camera_to_worlds for camera in views.cameras]).float().cpu(),
+        reference_camera_to_world=views.reference_cameras.camera_to_worlds.float().cpu(),
+        intrinsics=views.intrinsics,
+        settings={
+            "additions": training.additions,
+            "random_points": training.random_points,
+            "splats": model.num_points,
+            "max_image_size": training.size,
+        },
+    )
+
+
+def _rendered(model, camera: Cameras, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """Colour, opacity and disparity of one view as 8-bit pictures [1 c h w]."""
+    clip = render_clip(model, camera.to(model.device))
+    rgb, alpha, depth = (to_channels_first(picture).cpu() for picture in (clip.rgb, clip.alpha, clip.depth))
+    pictures = (rgb, alpha, normalised_disparity(depth, alpha))
+    return tuple(_resized(_to_uint8(picture), size) for picture in pictures)  # pyright: ignore[reportReturnType]
+
+
+def _channels_first(image: Tensor) -> UInt8[Tensor, "3 h w"]:
+    """A photograph [h w c] as nerfstudio keeps it, as 8-bit colours; an opacity is cut off."""
+    image = image[..., :3].cpu().movedim(-1, 0)
+    return image if image.dtype == torch.uint8 else _to_uint8(image)
+
+
+def _to_uint8(picture: Tensor) -> Tensor:
+    return (picture.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _resized(picture: UInt8[Tensor, "*t c h w"], size: tuple[int, ...]) -> UInt8[Tensor, "*t c H W"]:
+    if tuple(picture.shape[-2:]) == size:
+        return picture
+    batch = picture.reshape(-1, *picture.shape[-3:]).float() / 255
+    resized = F.interpolate(batch, size=list(size), mode="bilinear", antialias=True, align_corners=False)
+    return _to_uint8(resized).reshape(*picture.shape[:-2], *size)
+
+
+def _intrinsics(camera: Cameras, size: tuple[int, ...]) -> Float[Tensor, "4"]:
+    scale_y, scale_x = size[0] / float(camera.height), size[1] / float(camera.width)
+    return torch.tensor(
+        [
+            float(camera.fx) * scale_x,
+            float(camera.fy) * scale_y,
+            float(camera.cx) * scale_x,
+            float(camera.cy) * scale_y,
+        ]
+    )
+
+
+def save_contact_sheet(run: PairRun, path: Path) -> None:
+    """A picture for people: reference before | render | opacity | disparity | photograph | reference after."""
+    count = run.render.shape[0]
+    rows = [
+        [
+            run.references[run.before[i]],
+            run.render[i],
+            run.alpha[i].expand(3, -1, -1),
+            run.disparity[i].expand(3, -1, -1),
+            run.target[i],
+            run.references[run.after[i]],
+        ]
+        for i in np.linspace(0, count - 1, min(SHEET_ROWS, count)).round().astype(int).tolist()
+    ]
+    write_sheet(path, [[picture.movedim(0, -1) / 255 for picture in row] for row in rows])

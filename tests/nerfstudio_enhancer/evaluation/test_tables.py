@@ -1,0 +1,78 @@
+import pytest
+
+from nerfstudio_enhancer.evaluation.tables import benchmark_tables, mean_of, share_of_ceiling, shared_cells
+
+
+def cell(method, psnr, scene="garden", views=3, seed=0, ssim=0.5, lpips=0.4):
+    return {
+        "scene": scene,
+        "views": views,
+        "seed": seed,
+        "method": method,
+        "psnr": psnr,
+        "ssim": ssim,
+        "lpips": lpips,
+        "wall_s": 30.0,
+        "peak_rss_mb": 900.0,
+        "commit": "abc",
+    }
+
+
+def rows(table, start):
+    return [
+        [part.strip() for part in line.strip("|").split("|")]
+        for line in table.splitlines()
+        if line.startswith(f"| {start} ")
+    ]
+
+
+def test_a_scene_with_more_seeds_weighs_no_more_than_another():
+    # garden: (10 + 14) / 2 = 12; plush: 16; mean of scenes 14, mean of cells 13.33
+    cells = [cell("geometry", 10.0), cell("geometry", 14.0, seed=1), cell("geometry", 16.0, scene="plush")]
+    assert mean_of(cells, "psnr") == pytest.approx(14.0)
+
+
+def test_means_compare_only_places_that_all_methods_have():
+    cells = [cell("geometry", 10.0), cell("oracle", 13.0), cell("geometry", 20.0, scene="plush")]
+    assert {entry["scene"] for entry in shared_cells(cells, ["geometry", "oracle"])} == {"garden"}
+
+
+def test_share_of_the_ceiling_is_a_part_of_its_gain():
+    assert share_of_ceiling(11.0, baseline=10.0, ceiling=14.0) == pytest.approx(0.25)
+    assert share_of_ceiling(9.0, baseline=10.0, ceiling=14.0) == pytest.approx(-0.25)
+    assert share_of_ceiling(11.0, baseline=10.0, ceiling=10.0) is None
+
+
+def test_tables_state_gains_over_both_baselines_and_the_share_of_the_oracle():
+    cells = [
+        cell("splatfacto", 9.0, lpips=0.6),
+        cell("geometry", 10.0, lpips=0.5),
+        cell("3dgs-enhancer", 11.0, ssim=0.6),
+        cell("oracle", 14.0),
+    ]
+    table = benchmark_tables(cells, {"preset": "quick"})
+    assert rows(table, "garden") == [
+        [
+            "garden",
+            "3",
+            "9.00 / 0.500 / 0.600",
+            "10.00 / 0.500 / 0.500",
+            "11.00 / 0.600 / 0.400",
+            "14.00 / 0.500 / 0.400",
+        ]
+    ]
+    method_row = next(row for row in rows(table, "3") if row[1] == "3dgs-enhancer")
+    assert method_row == ["3", "3dgs-enhancer", "+2.00 / +0.100 / -0.200", "+1.00 / +0.100 / -0.100", "25 %"]
+    assert "preset quick" in table
+    assert "commit abc" in table
+
+
+def test_a_missing_cell_is_a_dash_and_several_seeds_show_their_spread():
+    cells = [cell("geometry", 10.0), cell("geometry", 12.0, seed=1), cell("oracle", 14.0, views=6)]
+    table = benchmark_tables(cells, {})
+    # sample standard deviation of 10 and 12: sqrt(2) = 1.41
+    assert rows(table, "garden")[0] == ["garden", "3", "11.00 ± 1.41 / 0.500 / 0.400", "-"]
+
+
+def test_tables_of_no_cell_say_so():
+    assert benchmark_tables([], {}) == "No cell is done yet.\n"

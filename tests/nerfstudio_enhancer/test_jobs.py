@@ -1,0 +1,74 @@
+import operator
+import os
+import time
+
+import pytest
+
+from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
+
+
+def results(jobs, **options):
+    return {result.key: result for result in run_jobs(jobs, workers=2, **options)}
+
+
+def test_each_job_returns_its_value_and_its_memory():
+    done = results([Job(str(number), operator.mul, (2, number)) for number in range(4)])
+    assert {key: result.value for key, result in done.items()} == {"0": 0, "1": 2, "2": 4, "3": 6}
+    assert all(result.error is None and result.peak_rss_mb > 1 for result in done.values())
+
+
+def test_a_failed_or_killed_job_leaves_the_others_alone():
+    done = results([Job("bad", int, ("splats",)), Job("killed", os.abort), Job("good", operator.mul, (2, 4))])
+    assert done["bad"].error == "ValueError: invalid literal for int() with base 10: 'splats'"
+    assert "signal 6" in (done["killed"].error or "")
+    assert done["good"].value == 8
+
+
+def test_a_job_waits_for_its_predecessor_and_fails_with_it():
+    done = results(
+        [
+            Job("first", time.sleep, (0.2,)),
+            Job("second", time.time, after="first"),
+            Job("bad", int, ("broken",)),
+            Job("after bad", operator.mul, (2, 1), after="bad"),
+            Job("after that", operator.mul, (2, 1), after="after bad"),
+        ]
+    )
+    assert done["first"].wall_s >= 0.2
+    assert list(done).index("first") < list(done).index("second")
+    assert done["after bad"].error == "not started, since 'bad' failed"
+    assert done["after that"].error == "not started, since 'after bad' failed"
+
+
+def test_jobs_that_may_not_start_are_left_out_with_all_that_wait_for_them():
+    done = results(
+        [
+            Job("a", operator.mul, (2, 1)),
+            Job("b", operator.mul, (2, 1), after="a"),
+            Job("c", operator.mul, (2, 1), after="b"),
+        ],
+        may_start=lambda job: job.key == "a",
+    )
+    assert list(done) == ["a"]
+
+
+def test_what_a_job_prints_goes_to_its_log(tmp_path):
+    done = results([Job("word", print, ("hello",), log=tmp_path / "logs/word.txt")])
+    assert done["word"].error is None
+    assert "hello" in (tmp_path / "logs/word.txt").read_text()
+
+
+def test_bad_job_lists_are_refused():
+    with pytest.raises(ValueError, match="distinct keys"):
+        results([Job("a", operator.mul, (2, 1)), Job("a", operator.mul, (2, 2))])
+    with pytest.raises(ValueError, match="no job before it"):
+        results([Job("a", operator.mul, (2, 1), after="b")])
+
+
+def test_threads_share_the_cores(monkeypatch):
+    monkeypatch.setattr("nerfstudio_enhancer.jobs.available_cores", lambda: 8)
+    assert workers_and_threads(None) == (8, 1)
+    assert workers_and_threads(2) == (2, 4)
+    assert workers_and_threads(16) == (16, 1)
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        workers_and_threads(0)
