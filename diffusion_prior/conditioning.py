@@ -72,9 +72,7 @@ def to_unit(signed: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     return (signed + 1) / 2
 
 
-def normalised_disparity(
-    depth: Float[Tensor, "t 1 h w"], alpha: Float[Tensor, "t 1 h w"]
-) -> Float[Tensor, "t 1 h w"]:
+def normalised_disparity(depth: Float[Tensor, "t 1 h w"], alpha: Float[Tensor, "t 1 h w"]) -> Float[Tensor, "t 1 h w"]:
     """Disparity in [0, 1], each frame by itself: clamp(near / depth, 0, 1) where something is seen, else 0.
 
     `near` is the 2 % quantile of the frame's depth where alpha > 0.5, of the whole frame where no pixel is so solid.
@@ -182,6 +180,4 @@ def pose_conditions(
     relative[:, :3, 3] /= relative[:, :3, 3].norm(dim=-1).max().clamp(min=MIN_POSE_BASELINE)
     fov = torch.tensor(fov_x_rad).to(camera_to_world)
     lens = torch.stack([fov, fov.sin(), fov.cos()])
-    return torch.cat(
-        [micro.expand(frames, 3), rearrange(relative, "t i j -> t (i j)"), lens.expand(frames, 3)], dim=-1
-    )
+    return torch.cat([micro.expand(frames, 3), rearrange(relative, "t i j -> t (i j)"), lens.expand(frames, 3)], dim=-1)

@@ -58,12 +58,12 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
 
 
 def add_noise(
-    clean: Float[Tensor, "b *rest"], noise: Float[Tensor, "b *rest"], sigma: Float[Tensor, " b"]
-) -> Float[Tensor, "b *rest"]:
+    clean: Float[Tensor, "b ..."], noise: Float[Tensor, "b ..."], sigma: Float[Tensor, " b"]
+) -> Float[Tensor, "b ..."]:
     """The noisy sample x = clean + sigma * noise, one sigma per clip."""
     return clean + expand_to(sigma, clean) * noise
 
 
-def expand_to(value: Float[Tensor, " b"], like: Float[Tensor, "b *rest"]) -> Tensor:
+def expand_to(value: Float[Tensor, " b"], like: Float[Tensor, "b ..."]) -> Tensor:
     """`value` with trailing axes of length 1, so that it broadcasts against `like`."""
     return value.reshape(-1, *([1] * (like.ndim - 1)))

@@ -24,6 +24,7 @@ from diffusion_prior.conditioning import (
     pose_conditions,
     to_unit,
 )
+from diffusion_prior.cpu_speed import speed_up
 from diffusion_prior.noise import expand_to, karras_sigmas, precondition
 from diffusion_prior.sampler import frame_guidance, guide, sample_euler
 from diffusion_prior.std import SpatialTemporalDecoder
@@ -109,6 +110,8 @@ class VideoPrior:
         self.std = std
         self.config = config
         self.scheduler_config = dict(scheduler_config or {})
+        for module in (vae, unet, std):
+            speed_up(module)
         _check_parts_fit(self)
 
     @property
@@ -261,9 +264,7 @@ def denoise(
     """
     factors = precondition(sigma)
     told = torch.cat([expand_to(factors.input, noisy) * noisy, condition.latents, condition.extra], dim=2)
-    raw = unet(
-        told.to(unet.dtype), factors.noise.to(noisy), condition.embeddings.to(unet.dtype), condition.micro
-    )
+    raw = unet(told.to(unet.dtype), factors.noise.to(noisy), condition.embeddings.to(unet.dtype), condition.micro)
     return expand_to(factors.skip, noisy) * noisy + expand_to(factors.out, noisy) * raw.to(noisy.dtype)
 
 
@@ -393,9 +394,7 @@ def build_compact_prior(
         encoder_module = CLIPVisionModelWithProjection(CLIPVisionConfig(**encoder_settings))
         start_temporal_layers_as_identity(vae_module.decoder)
         start_temporal_layers_as_identity(unet_module)
-        std_module = SpatialTemporalDecoder.from_vae(
-            vae_module, config.patch_size, condition_widths or tuple(widths)
-        )
+        std_module = SpatialTemporalDecoder.from_vae(vae_module, config.patch_size, condition_widths or tuple(widths))
     return VideoPrior(vae_module, unet_module, encoder_module, std_module, config).to().eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -23,7 +24,7 @@ def sample_euler(
         sigmas: falling noise levels that end in 0, see `noise.karras_sigmas`.
     """
     sample = noise * sigmas[0]
-    for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, next_sigma in itertools.pairwise(sigmas):
         denoised = denoise(sample, sigma)
         # (EDM eq. 4) dx/dsigma = (x - D) / sigma; written so that the last step, next_sigma = 0, gives D exactly.
         ratio = next_sigma / sigma

@@ -8,6 +8,7 @@ addition is zero-initialised, so that an untrained STD is the stock decoder, bit
 from __future__ import annotations
 
 import copy
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -131,7 +132,7 @@ class ConditionEncoder(nn.Module):
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width) for width in widths)
         self.downsamplers = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in zip(widths[:-1], widths[1:])
+            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in itertools.pairwise(widths)
         )
 
     def forward(self, condition: Float[Tensor, "b c h w"]) -> list[Tensor]:
@@ -164,9 +165,7 @@ class FeatureWarp(nn.Module):
         self.fuse = nn.Conv2d(width + condition_width, width, 1)  # 1x1: the blocks before and after look around
         self.scale_shift = _zeroed(nn.Conv2d(width, 2 * width, 1))
 
-    def forward(
-        self, hidden: Float[Tensor, "b c h w"], feature: Float[Tensor, "b k h w"]
-    ) -> Float[Tensor, "b c h w"]:
+    def forward(self, hidden: Float[Tensor, "b c h w"], feature: Float[Tensor, "b k h w"]) -> Float[Tensor, "b c h w"]:
         fused = F.silu(self.fuse(torch.cat([hidden, feature], dim=1)))
         scale, shift = self.scale_shift(fused).chunk(2, dim=1)
         return hidden + (hidden * scale + shift)
@@ -195,7 +194,7 @@ def _flat(clips: Float[Tensor, "b f c h w"]) -> Float[Tensor, "bf c h w"]:
     return clips.flatten(0, 1).contiguous(memory_format=torch.channels_last)
 
 
-def _zeroed(conv: nn.Conv2d | nn.Conv3d):  # noqa: ANN202
+def _zeroed(conv: nn.Conv2d | nn.Conv3d):
     """The same layer with zero weights and bias."""
     nn.init.zeros_(conv.weight)
     if conv.bias is not None:

@@ -35,7 +35,9 @@ class ConditionClip:
             raise ValueError(f"a clip needs at least 2 frames (a reference photograph at each end), got {frames}.")
         for name, given in (("alpha", self.alpha), ("disparity", self.disparity)):
             if tuple(given.shape) != (frames, 1, height, width):
-                raise ValueError(f"`{name}` must be {(frames, 1, height, width)} as `rgb` is, got {tuple(given.shape)}.")
+                raise ValueError(
+                    f"`{name}` must be {(frames, 1, height, width)} as `rgb` is, got {tuple(given.shape)}."
+                )
         for name, given in (("rgb", self.rgb), ("alpha", self.alpha), ("disparity", self.disparity)):
             if not torch.isfinite(given).all():
                 raise ValueError(f"`{name}` holds NaN or infinite values; give finite values in [0, 1].")
