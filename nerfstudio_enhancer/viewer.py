@@ -7,8 +7,9 @@ from torch import nn
 
 
 class EnhancerControls(nn.Module):
-    """A button that asks for a round, and the share of enhanced views. Holds no parameters: a module only because the
-    viewer looks for its elements in modules.
+    """A button that asks for a round, and the share of enhanced views.
+
+    It holds no parameters: it is a module only because the viewer looks for its elements in modules.
     """
 
     def __init__(self, ratio: float) -> None:
