@@ -6,14 +6,13 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.scene_box import SceneBox
-from nerfstudio.engine.optimizers import Optimizers
+from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
 from nerfstudio.models import splatfacto
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from torch.testing import assert_close
 
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.model import EnhancerModel, EnhancerModelConfig
-from nerfstudio_enhancer.optimizers import FusedAdamConfig
 from nerfstudio_enhancer.rasterize import rasterization
 
 STEPS = 12
@@ -74,8 +73,11 @@ def build(config: SplatfactoModelConfig) -> SplatfactoModel:
 def train(model: SplatfactoModel, steps: int = STEPS) -> SplatfactoModel:
     model.train()
     groups = model.get_gaussian_param_groups()
+    # Not the fused Adam: splatfacto's colours are strided views, which torch's fused kernel does not step through. And a
+    # large eps: with splatfacto's 1e-15 the first steps have the size of the rate whatever the gradient, so that the last
+    # bits in which the two D-SSIM differ would decide their signs.
     optimizers = Optimizers(
-        {name: {"optimizer": FusedAdamConfig(lr=RATES[name], eps=1e-15), "scheduler": None} for name in groups}, groups
+        {name: {"optimizer": AdamOptimizerConfig(lr=RATES[name], eps=1e-4), "scheduler": None} for name in groups}, groups
     )
     torch.manual_seed(1)  # densification splits draw from the global generator
     for step in range(steps):
@@ -99,8 +101,7 @@ def test_without_prior_and_additions_training_equals_splatfacto() -> None:
     assert theirs.num_points != 60, "the test should cover densification"
     assert ours.num_points == theirs.num_points
     for name, value in theirs.gauss_params.items():
-        # The fused D-SSIM differs from pytorch_msssim in the last bits; Adam's first steps amplify them.
-        assert_close(ours.gauss_params[name], value, rtol=2e-3, atol=2e-4)
+        assert_close(ours.gauss_params[name], value, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("splatfacto_on_cpu")
@@ -172,14 +173,11 @@ def test_dropout_keeps_the_expected_opacity() -> None:
 
 def test_enhanced_batches_are_weighted_and_references_are_not() -> None:
     model = build(plain()).train()
-    outputs = {"rgb": torch.zeros(SIZE, SIZE, 3), "background": torch.zeros(3)}
-    reference = model.get_loss_dict(outputs, batch(0))["main_loss"]
-    weights = {"pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 0.5}
     model.step = 6  # past the reduced resolution
+    outputs = {"rgb": torch.zeros(SIZE, SIZE, 3), "background": torch.zeros(3)}
+    weights = {"pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 0.5}
     enhanced = model.get_loss_dict(outputs, {**batch(0), **weights})["main_loss"]
-    model.step = 6
     assert_close(enhanced, 0.5 * model.get_loss_dict(outputs, batch(0))["main_loss"])
-    assert reference.ndim == 0
 
 
 def test_too_few_seed_points_are_refused() -> None:
