@@ -22,6 +22,9 @@ from nerfstudio_enhancer.focus import focus_of_axes
 CANDIDATES_AT_ONCE = 1 << 16
 """Descriptor pairs compared at once: bounds the memory, not the result."""
 
+NUM_NEIGHBOURS = 8
+"""Neighbours in the picture whose depth a point is compared with."""
+
 
 @dataclass
 class TriangulationConfig:
@@ -43,6 +46,11 @@ class TriangulationConfig:
     """Largest distance between a point's image and its feature, at feature resolution."""
     min_angle_deg: float = 1.5
     """Smallest angle between two rays of a point; smaller admits points of uncertain depth."""
+    agreeing_neighbours: int = 3
+    """A point that only two views see must have so many of its 8 neighbours in the picture at its depth; 0 lets all pass.
+    Wrong matches on the right epipolar line have no other witness against them."""
+    neighbour_depth: float = 0.1
+    """Relative difference of depth up to which neighbours agree."""
     exhaustive_up_to: int = 12
     """Up to this many reference views every pair is matched, above it each view with its nearest ones."""
     neighbours: int = 8
@@ -448,6 +456,8 @@ def triangulate(views: Sequence[ReferenceView], tracks: Tracks, config: Triangul
             break
         kept &= ~dropped
     good = _well_placed(xyz, error, tracks, views, kept, config)
+    count = np.bincount(tracks.point, weights=kept, minlength=tracks.num_points)
+    good[good] = (count[good] > 2) | _agrees_with_neighbours(xyz[good], views, config)
     rgb = _mean_colours(views, tracks, kept)
     return SeedPoints(
         xyz=torch.from_numpy(xyz[good].astype(np.float32)),
@@ -541,6 +551,28 @@ def _well_placed(
         rays = np.where(kept[:, None], rays / np.linalg.norm(rays, axis=1, keepdims=True), 0.0)
     angle = _widest_angle_deg(rays, tracks, kept)
     return (count >= 2) & (off == 0) & (angle >= config.min_angle_deg) & np.isfinite(xyz).all(axis=1)
+
+
+def _agrees_with_neighbours(
+    xyz: Float[np.ndarray, "n 3"], views: Sequence[ReferenceView], config: TriangulationConfig
+) -> Bool[np.ndarray, " n"]:
+    """Points that, in half of the views or more that see them, have enough neighbours at about their depth."""
+    from scipy.spatial import cKDTree
+
+    if config.agreeing_neighbours == 0:
+        return np.ones(len(xyz), dtype=bool)
+    seen, agreed = np.zeros(len(xyz)), np.zeros(len(xyz))
+    for view in views:
+        index = np.flatnonzero(view.sees(xyz))
+        if len(index) <= NUM_NEIGHBOURS:
+            continue
+        in_camera = xyz[index] @ view.world_to_camera[:3, :3].T + view.world_to_camera[:3, 3]
+        in_picture, log_depth = in_camera[:, :2] / in_camera[:, 2:], np.log(in_camera[:, 2])
+        _, neighbour = cKDTree(in_picture).query(in_picture, NUM_NEIGHBOURS + 1)
+        near = np.abs(log_depth[neighbour[:, 1:]] - log_depth[:, None]) <= config.neighbour_depth
+        seen[index] += 1
+        agreed[index] += near.sum(axis=1) >= config.agreeing_neighbours
+    return agreed >= 0.5 * seen
 
 
 def _widest_angle_deg(rays: np.ndarray, tracks: Tracks, kept: np.ndarray) -> Float[np.ndarray, " n"]:
