@@ -141,6 +141,8 @@ def rasterization(
     check_inputs(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **options)
     if load_library() is None:
         _warn_slow()
+        _check_finite({"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors})
+        _check_finite({} if extra_features is None else {"extra_features": extra_features})
         return rasterize_reference(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **options)
     return _rasterize_native(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **options)
 
@@ -304,7 +306,7 @@ def _info(
 
 
 def _pad_backgrounds(backgrounds: Tensor | None, channels: int, with_color: bool) -> Tensor | None:
-    """Backgrounds of the colours, then 0 for every further channel. [C, channels]"""
+    """Backgrounds of the colours, then 0 for every further channel. [C, channels]."""
     if backgrounds is None or not with_color:
         return None
     missing = channels - backgrounds.shape[-1]
@@ -318,6 +320,12 @@ def _warn_slow() -> None:
         "slower. Install a compiler (g++ or clang++) and reinstall nerfstudio-enhancer.",
         stacklevel=3,
     )
+
+
+def _check_finite(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"`{name}` must be finite, but NaN or infinity was found.")
 
 
 def check_inputs(
@@ -401,9 +409,7 @@ def check_inputs(
             raise ValueError(f"`{name}` must be on the CPU as `means` is, got {tensor.device}.")
     if "RGB" in render_mode and channels == 0:
         raise ValueError(f"`colors` must have at least one channel, got {list(colors.shape)}.")
-    for name, tensor in (("viewmats", viewmats), ("Ks", Ks), ("backgrounds", backgrounds)):
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"`{name}` must be finite, but NaN or infinity was found.")
+    _check_finite({"viewmats": viewmats, "Ks": Ks} | ({} if backgrounds is None else {"backgrounds": backgrounds}))
     focal = torch.stack([Ks[:, 0, 0], Ks[:, 1, 1]])
     if not bool((focal > 0).all()):
         raise ValueError(f"`Ks` must have positive focal lengths, got {focal.min().item()}.")

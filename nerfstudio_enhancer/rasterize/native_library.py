@@ -28,7 +28,7 @@ TOO_MANY_INTERSECTIONS = 1 << 17
 class ProjectArgs(ctypes.Structure):
     """NseProjectArgs of native/interface.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, c_int64) for name in ("cameras", "gaussians")],
         *[(name, c_int32) for name in ("width", "height", "sh_degree", "color_stride", "color_channels")],
         *[(name, c_int32) for name in ("extra_channels", "with_depth", "antialiased", "colors_per_camera", "threads")],
@@ -46,7 +46,7 @@ class ProjectArgs(ctypes.Structure):
 class RasterArgs(ctypes.Structure):
     """NseRasterArgs of native/interface.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, c_int64) for name in ("cameras", "gaussians")],
         *[(name, c_int32) for name in ("width", "height", "channels", "normalise_last", "threads", "reserved")],
         *[(name, c_void_p) for name in ("frame", "means2d", "conics", "opacities", "features", "backgrounds")],
@@ -59,7 +59,7 @@ class RasterArgs(ctypes.Structure):
 class SsimArgs(ctypes.Structure):
     """NseSsimArgs of native/interface.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *[(name, c_int64) for name in ("batch", "channels", "height", "width")],
         *[(name, c_int64 * 4) for name in ("pred_strides", "target_strides", "grad_strides")],
         *[(name, c_int32) for name in ("threads", "reserved")],
@@ -107,7 +107,7 @@ def load_library() -> ctypes.CDLL | None:
     library.nse_frame_lists.argtypes = [c_void_p, c_int64, c_int64, c_int32, *[c_void_p] * 5]
     library.nse_frame_lists.restype = None
     forced = os.environ.get(ISA_VARIABLE)
-    if forced and not library.nse_select_isa(forced.encode()):
+    if not library.nse_select_isa(forced.encode() if forced else None):
         raise ValueError(
             f"{ISA_VARIABLE}={forced!r} names an instruction set that this machine or build lacks; "
             "choose avx512, avx2 or baseline, or unset it."

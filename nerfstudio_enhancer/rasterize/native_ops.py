@@ -6,6 +6,7 @@ Two functions instead of one, because densification reads the gradient of the pr
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,17 +95,15 @@ def _pointer(tensor: Tensor | None) -> int | None:
 
 
 def _project_args(
-    settings: ProjectSettings,
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    colors: Tensor | None,
-    extra: Tensor | None,
-    viewmats: Tensor,
-    camera_centres: Tensor,
-    intrinsics: Tensor,
+    settings: ProjectSettings, gaussians: Sequence[Tensor | None], cameras: Sequence[Tensor]
 ) -> ProjectArgs:
+    """Arguments shared by both directions.
+
+    `gaussians`: means, quats, scales, opacities, colors, extra; `cameras`: viewmats, centres, intrinsics.
+    """
+    means, quats, scales, opacities, colors, extra = gaussians
+    viewmats, camera_centres, intrinsics = cameras
+    assert means is not None
     if not settings.with_color or colors is None:
         colors, color_channels, color_stride = None, 0, 0
     elif settings.sh_degree is None:
@@ -160,7 +159,7 @@ class Project(torch.autograd.Function):
         """Run the projection; raises ValueError where an input is not finite."""
         inputs = [t if t is None else t.detach().contiguous() for t in (means, quats, scales, opacities, colors, extra)]
         cameras = [t.detach().contiguous() for t in (viewmats, camera_centres, intrinsics)]
-        args = _project_args(settings, *inputs, *cameras)  # pyright: ignore[reportArgumentType]
+        args = _project_args(settings, inputs, cameras)
         shape = (args.cameras, args.gaussians)
         channels = args.color_channels + args.extra_channels + args.with_depth
         radii = torch.empty(shape, dtype=torch.int32)
@@ -180,14 +179,14 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _v_radii: None, *v_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *v_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of means, quats, scales, opacities, colors, extra, viewmats and camera centres."""
         *inputs, viewmats, camera_centres, intrinsics, radii, features = ctx.saved_tensors
         colors, extra = inputs[4], inputs[5]
         needs = ctx.needs_input_grad
-        args = _project_args(ctx.settings, *inputs, viewmats, camera_centres, intrinsics)
+        args = _project_args(ctx.settings, inputs, (viewmats, camera_centres, intrinsics))
         v_means2d, v_depths, v_conics, v_opacities2d, v_features = (
-            v if v is None else v.contiguous() for v in v_outputs
+            v if v is None else v.contiguous() for v in v_outputs[1:]
         )
         args.radii, args.features = radii.data_ptr(), features.data_ptr()
         args.v_means2d, args.v_depths, args.v_conics = _pointer(v_means2d), _pointer(v_depths), _pointer(v_conics)
@@ -207,23 +206,20 @@ class Project(torch.autograd.Function):
 
 
 def _raster_args(
-    frame: Frame,
-    means2d: Tensor,
-    conics: Tensor,
-    opacities: Tensor,
-    features: Tensor,
-    backgrounds: Tensor | None,
-    depths: Tensor,
-    radii: Tensor,
-    width: int,
-    height: int,
-    normalise_last: bool,
+    frame: Frame, tensors: Sequence[Tensor | None], size: tuple[int, int], normalise_last: bool
 ) -> RasterArgs:
+    """Arguments shared by both directions.
+
+    `tensors`: means2d, conics, opacities, features, backgrounds, depths, radii; `size`: width, height.
+    """
+    means2d, conics, opacities, features, backgrounds, depths, radii = tensors
+    assert radii is not None
+    assert features is not None
     return RasterArgs(
         cameras=radii.shape[0],
         gaussians=radii.shape[1],
-        width=width,
-        height=height,
+        width=size[0],
+        height=size[1],
         channels=features.shape[-1],
         normalise_last=normalise_last,
         threads=torch.get_num_threads(),
@@ -260,31 +256,25 @@ class Rasterize(torch.autograd.Function):
         """Bin, sort and blend."""
         if backgrounds is not None:
             backgrounds = backgrounds.detach().contiguous()
-        args = _raster_args(
-            frame, means2d, conics, opacities, features, backgrounds, depths, radii, width, height, normalise_last
-        )
+        tensors = (means2d, conics, opacities, features, backgrounds, depths, radii)
+        args = _raster_args(frame, tensors, (width, height), normalise_last)
         render = torch.empty(args.cameras, height, width, args.channels)
         alpha = torch.empty(args.cameras, height, width, 1)
         args.render, args.alpha = render.data_ptr(), alpha.data_ptr()
         check_status(native().nse_raster_forward(ctypes.byref(args)))
-        ctx.save_for_backward(means2d, conics, opacities, features, backgrounds, depths, radii, render)
+        ctx.save_for_backward(*tensors, render)
         ctx.frame, ctx.size, ctx.normalise_last, ctx.absgrad = frame, (width, height), normalise_last, absgrad
         ctx.set_materialize_grads(False)
         return render, alpha
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v_render: Tensor | None, v_alpha: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *v_outputs: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradients of means2d, conics, opacities, features, backgrounds; sets `means2d.absgrad` when asked for."""
-        means2d, conics, opacities, features, backgrounds, depths, radii, render = ctx.saved_tensors
-        args = _raster_args(
-            ctx.frame,
-            *(means2d, conics, opacities, features, backgrounds, depths, radii),
-            *ctx.size,
-            ctx.normalise_last,
-        )
-        v_render = None if v_render is None else v_render.contiguous()
-        v_alpha = None if v_alpha is None else v_alpha.contiguous()
+        *tensors, render = ctx.saved_tensors
+        means2d, conics, opacities, features, backgrounds, *_ = tensors
+        args = _raster_args(ctx.frame, tensors, ctx.size, ctx.normalise_last)
+        v_render, v_alpha = (v if v is None else v.contiguous() for v in v_outputs)
         v_means2d, v_conics, v_opacities, v_features = (
             torch.empty_like(t) for t in (means2d, conics, opacities, features)
         )

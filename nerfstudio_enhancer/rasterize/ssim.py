@@ -82,12 +82,12 @@ class _FusedSsim(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, v_mean: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *v_outputs: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Gradient of `pred`, in its memory layout."""
         pred, target, derivatives = ctx.saved_tensors
         args = _arguments(pred, target)
         grad = torch.empty_like(pred)
         args.grad_strides = (ctypes.c_int64 * 4)(*grad.stride())
-        args.derivatives, args.grad, args.scale = derivatives.data_ptr(), grad.data_ptr(), float(v_mean)
+        args.derivatives, args.grad, args.scale = derivatives.data_ptr(), grad.data_ptr(), float(v_outputs[0])
         check_status(native().nse_ssim_backward(ctypes.byref(args)))
         return grad, None
