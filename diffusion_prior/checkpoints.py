@@ -8,7 +8,6 @@ the untrained one, which equals the stock decoder.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import shutil
@@ -20,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -74,9 +73,9 @@ def resolve_folder(name: str) -> Path:
             )
         return BUNDLED
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if name and folder.is_dir():
         return folder
-    if folder.exists():
+    if name and folder.exists():
         raise ValueError(f"a prior is a folder, but {name!r} is a file: name the folder that holds {INDEX_FILE}.")
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ValueError(
@@ -143,9 +142,14 @@ def read_config(path: Path) -> PriorConfig:
         ValueError: unknown entries or values that cannot work.
     """
     entries = _read_json(path)
-    known = {field.name for field in dataclasses.fields(PriorConfig)}
-    if unknown := sorted(set(entries) - known):
-        raise ValueError(f"{str(path)!r} has unknown entries {unknown}; known are {sorted(known)}.")
+    kinds = {field.name: type(field.default) for field in dataclasses.fields(PriorConfig)}
+    if unknown := sorted(set(entries) - set(kinds)):
+        raise ValueError(f"{str(path)!r} has unknown entries {unknown}; known are {sorted(kinds)}.")
+    for name, given in entries.items():
+        if type(given) is int and kinds[name] is float:
+            entries[name] = float(given)
+        elif type(given) is not kinds[name]:
+            raise ValueError(f"{str(path)!r}: `{name}` must be of type {kinds[name].__name__}, got {given!r}.")
     return PriorConfig(**entries)
 
 
@@ -192,10 +196,16 @@ def save_prior(prior: VideoPrior, folder: Path | str, dtype: torch.dtype | None 
 
 def _write_parts(prior: VideoPrior, folder: Path, dtype: torch.dtype | None) -> None:
     for name, module in prior.modules.items():
-        stored = module if dtype is None else nn.Module.to(copy.deepcopy(module), dtype=dtype)
-        stored.save_pretrained(folder / name, safe_serialization=True)  # pyright: ignore[reportCallIssue]
+        if isinstance(module, CLIPVisionModelWithProjection):
+            module.config.save_pretrained(folder / name)
+            weights = TRANSFORMERS_WEIGHTS
+        else:
+            module.save_config(folder / name)
+            weights = DIFFUSERS_WEIGHTS
+        state = {key: tensor.to(dtype or tensor.dtype).contiguous() for key, tensor in module.state_dict().items()}
+        save_file(state, folder / name / weights, metadata={"format": "pt"})
     _scheduler(prior).save_pretrained(folder / "scheduler")
-    side = prior.image_encoder.config.image_size
+    side: int = prior.image_encoder.config.image_size  # pyright: ignore[reportAssignmentType]  # one number in CLIP
     CLIPImageProcessor(
         size={"height": side, "width": side},
         crop_size={"height": side, "width": side},
@@ -269,7 +279,8 @@ def _read_image_encoder(folder: Path) -> CLIPVisionModelWithProjection:
     state.pop("vision_model.embeddings.position_ids", None)  # a buffer that older transformers stored
     module = _build(lambda: CLIPVisionModelWithProjection(CLIPVisionConfig(**config)), folder)
     check_tensors(module.state_dict(), state, folder)
-    module.to(next(iter(state.values())).dtype).load_state_dict(state, strict=True)
+    nn.Module.to(module, dtype=next(iter(state.values())).dtype)
+    module.load_state_dict(state, strict=True)
     return module
 
 

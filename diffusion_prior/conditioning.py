@@ -6,14 +6,19 @@ The only place where colours change between [0, 1] (outside) and [-1, 1] (inside
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKLTemporalDecoder
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
-from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLTemporalDecoder
+    from transformers import CLIPVisionModelWithProjection
+else:  # so that `normalised_disparity` and its like come without seconds of imports
+    AutoencoderKLTemporalDecoder = CLIPVisionModelWithProjection = nn.Module
 
 NEAR_QUANTILE = 0.02
 """Share of the well-covered pixels that lie in front of a frame's near depth."""
@@ -97,12 +102,13 @@ def _quantile(values: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:
     return values.kthvalue(rank).values
 
 
-def pad_to_multiple(frames: Float[Tensor, "*b c h w"], multiple: int) -> Float[Tensor, "*b c h2 w2"]:
-    """Repeat the last row and column until height and width divide by `multiple`."""
+def pad_to_multiple(frames: Float[Tensor, "*b c h w"], multiple: int, at_least: int = 0) -> Float[Tensor, "*b c h2 w2"]:
+    """Repeat the last row and column until height and width divide by `multiple` and are `at_least` so long."""
     height, width = frames.shape[-2:]
-    rows = torch.arange(-(-height // multiple) * multiple, device=frames.device).clamp(max=height - 1)
-    columns = torch.arange(-(-width // multiple) * multiple, device=frames.device).clamp(max=width - 1)
-    return frames[..., rows[:, None], columns]
+    rows, columns = (-(-max(side, at_least) // multiple) * multiple for side in (height, width))
+    row = torch.arange(rows, device=frames.device).clamp(max=height - 1)
+    column = torch.arange(columns, device=frames.device).clamp(max=width - 1)
+    return frames[..., row[:, None], column]
 
 
 def encode_frames(
@@ -119,7 +125,7 @@ def embed_frames(
     image_encoder: CLIPVisionModelWithProjection, rgb: Float[Tensor, "*b 3 h w"]
 ) -> Float[Tensor, "*b 1 d"]:
     """CLIP image embedding of every frame in [0, 1]; differentiable."""
-    side = image_encoder.config.image_size
+    side: int = image_encoder.config.image_size  # pyright: ignore[reportAssignmentType]  # one number in CLIP
     pixels = rgb.reshape(-1, *rgb.shape[-3:])
     pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     mean = torch.tensor(CLIP_MEAN, dtype=pixels.dtype, device=pixels.device)[:, None, None]

@@ -51,7 +51,7 @@ class _ContiguousBackward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         input, weight, mean, rstd = ctx.saved_tensors
         grad = grads[0].contiguous().to(input.dtype)
         gradients = torch.ops.aten.native_group_norm_backward(
@@ -80,8 +80,10 @@ class SingleTokenProcessor(AttnProcessor2_0):
         plain = hidden_states.ndim == 3 and attention_mask is None and not attn.residual_connection
         if encoder_hidden_states is None or encoder_hidden_states.shape[1] != 1 or not plain:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs)
-        value = attn.to_out[0](attn.to_v(encoder_hidden_states)) / attn.rescale_output_factor
-        return attn.to_out[1](value.expand(-1, hidden_states.shape[1], -1))
+        project, dropout = attn.to_out  # pyright: ignore[reportGeneralTypeIssues]  # never None with `plain`
+        assert attn.to_v is not None
+        value = project(attn.to_v(encoder_hidden_states)) / attn.rescale_output_factor
+        return dropout(value.expand(-1, hidden_states.shape[1], -1))
 
 
 def _converted(norm: nn.GroupNorm) -> GroupNorm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,7 +115,11 @@ class VideoPrior:
         _check_parts_fit(self)
 
     @property
-    def modules(self) -> dict[str, nn.Module]:
+    def modules(
+        self,
+    ) -> dict[
+        str, AutoencoderKLTemporalDecoder | SpatioTemporalUNet | CLIPVisionModelWithProjection | SpatialTemporalDecoder
+    ]:
         """The networks by the names of their folders."""
         return {"vae": self.vae, "unet": self.unet, "image_encoder": self.image_encoder, "std": self.std}
 
@@ -173,7 +177,7 @@ class VideoPrior:
     def predict_latents(self, clip: ConditionClip, generator: torch.Generator) -> Float[Tensor, "t c h2 w2"]:
         """The latent diffusion model alone: unscaled latents of the enhanced frames, ready for the decoder.
 
-        Their size is that of the clip, padded up to a multiple of `latent_factor`, divided by it.
+        Their size is that of the clip divided by `latent_factor` and rounded up, at least 2 x 2.
         """
         condition = self.condition(clip, generator)
         num_frames = clip.num_frames
@@ -201,8 +205,7 @@ class VideoPrior:
     def decode(self, latents: Float[Tensor, "t c h2 w2"], clip: ConditionClip) -> Float[Tensor, "t 3 h w"]:
         """Frames in [0, 1] from the latents of `predict_latents` (or of any other source) and the clip itself."""
         height, width = clip.rgb.shape[-2:]
-        told = (pad_to_multiple(frames.to(self.device), self.latent_factor) for frames in _images(clip))
-        condition = decoder_condition(*told)
+        condition = decoder_condition(*self._padded(clip))
         dtype = self.std.dtype
 
         def decode_window(index: Tensor) -> Tensor:
@@ -214,9 +217,7 @@ class VideoPrior:
 
     def condition(self, clip: ConditionClip, generator: torch.Generator) -> LatentCondition:
         """What the UNet is told about one clip (batch of 1)."""
-        rgb, alpha, disparity = (
-            pad_to_multiple(frames.to(self.device), self.latent_factor) for frames in _images(clip)
-        )
+        rgb, alpha, disparity = self._padded(clip)
         config = self.config
         noised = rgb
         if config.noise_augmentation > 0:
@@ -240,6 +241,12 @@ class VideoPrior:
     ) -> Float[Tensor, "*b e h2 w2"]:
         """The extra condition channels that this prior's UNet takes, at latent size."""
         return latent_extras(alpha, disparity, self.latent_factor)[..., : self.config.extra_condition_channels, :, :]
+
+    def _padded(self, clip: ConditionClip) -> list[Tensor]:
+        """Colour, opacity and disparity in float32, padded to what the networks take: at least 2 x 2 latents."""
+        factor = self.latent_factor
+        images = (clip.rgb, clip.alpha, clip.disparity)
+        return [pad_to_multiple(frames.to(self.device, torch.float32), factor, 2 * factor) for frames in images]
 
     def _windows(self, num_frames: int) -> list[Int[Tensor, " n"]]:
         return [
@@ -357,7 +364,7 @@ def build_compact_prior(
     vae: Mapping[str, Any] | None = None,
     unet: Mapping[str, Any] | None = None,
     image_encoder: Mapping[str, Any] | None = None,
-    condition_widths: tuple[int, ...] | None = None,
+    condition_widths: Sequence[int] | None = None,
 ) -> VideoPrior:
     """An untrained prior of the bundled size, random but for its temporal layers, which start as the identity.
 
@@ -431,11 +438,6 @@ def cpu_multiplies_bfloat16() -> bool:
     except AttributeError:
         return False
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("amx_tile"))
-
-
-def _images(clip: ConditionClip) -> Iterator[Tensor]:
-    """The three image tensors in float32."""
-    return (frames.float() for frames in (clip.rgb, clip.alpha, clip.disparity))
 
 
 def _check_parts_fit(prior: VideoPrior) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +31,11 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
     def __init__(
         self,
         latent_channels: int = 4,
-        block_out_channels: tuple[int, ...] = (128, 256, 512, 512),
+        block_out_channels: Sequence[int] = (128, 256, 512, 512),
         layers_per_block: int = 2,
         patch_size: int = 1,
         condition_channels: int = CONDITION_CHANNELS,
-        condition_widths: tuple[int, ...] = (64, 128, 256, 256),
+        condition_widths: Sequence[int] = (64, 128, 256, 256),
     ) -> None:
         super().__init__()
         if len(condition_widths) != len(block_out_channels):
@@ -59,7 +60,7 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         cls,
         vae: AutoencoderKLTemporalDecoder,
         patch_size: int = 1,
-        condition_widths: tuple[int, ...] | None = None,
+        condition_widths: Sequence[int] | None = None,
     ) -> SpatialTemporalDecoder:
         """An untrained STD around a copy of a VAE's decoder.
 
@@ -85,7 +86,8 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
             condition_widths=condition_widths or tuple(width // 2 for width in widths),
         )
         std.decoder = copy.deepcopy(vae.decoder)
-        return nn.Module.to(std, dtype=vae.dtype)  # diffusers' own `to` warns of layers that it has not
+        nn.Module.to(std, dtype=vae.dtype)  # diffusers' own `to` warns of layers that it has not
+        return std
 
     def forward(
         self, latents: Float[Tensor, "b f c h w"], condition: Float[Tensor, "b f k h2 w2"]

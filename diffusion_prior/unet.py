@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from diffusers.configuration_utils import register_to_config
@@ -24,25 +26,25 @@ class SpatioTemporalUNet(UNetSpatioTemporalConditionModel):
         sample_size: int | None = None,
         in_channels: int = 8,
         out_channels: int = 4,
-        down_block_types: tuple[str, ...] = (
+        down_block_types: Sequence[str] = (
             "CrossAttnDownBlockSpatioTemporal",
             "CrossAttnDownBlockSpatioTemporal",
             "CrossAttnDownBlockSpatioTemporal",
             "DownBlockSpatioTemporal",
         ),
-        up_block_types: tuple[str, ...] = (
+        up_block_types: Sequence[str] = (
             "UpBlockSpatioTemporal",
             "CrossAttnUpBlockSpatioTemporal",
             "CrossAttnUpBlockSpatioTemporal",
             "CrossAttnUpBlockSpatioTemporal",
         ),
-        block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280),
+        block_out_channels: Sequence[int] = (320, 640, 1280, 1280),
         addition_time_embed_dim: int = 256,
         projection_class_embeddings_input_dim: int = 768,
-        layers_per_block: int | tuple[int, ...] = 2,
-        cross_attention_dim: int | tuple[int, ...] = 1024,
-        transformer_layers_per_block: int | tuple[int, ...] = 1,
-        num_attention_heads: int | tuple[int, ...] = (5, 10, 20, 20),
+        layers_per_block: int | Sequence[int] = 2,
+        cross_attention_dim: int | Sequence[int] = 1024,
+        transformer_layers_per_block: int | Sequence[int] = 1,
+        num_attention_heads: int | Sequence[int] = (5, 10, 20, 20),
         num_frames: int = 25,
         pose_conditions: int | None = None,
         pose_frequency_channels: int = 48,
@@ -51,15 +53,16 @@ class SpatioTemporalUNet(UNetSpatioTemporalConditionModel):
             sample_size=sample_size,
             in_channels=in_channels,
             out_channels=out_channels,
-            down_block_types=down_block_types,
-            up_block_types=up_block_types,
-            block_out_channels=block_out_channels,
+            down_block_types=tuple(down_block_types),
+            up_block_types=tuple(up_block_types),
+            block_out_channels=tuple(block_out_channels),
             addition_time_embed_dim=addition_time_embed_dim,
             projection_class_embeddings_input_dim=projection_class_embeddings_input_dim,
-            layers_per_block=layers_per_block,  # pyright: ignore[reportArgumentType]  # diffusers says tuple[int]
-            cross_attention_dim=cross_attention_dim,  # pyright: ignore[reportArgumentType]
-            transformer_layers_per_block=transformer_layers_per_block,  # pyright: ignore[reportArgumentType]
-            num_attention_heads=num_attention_heads,
+            # diffusers declares tuples of length one
+            layers_per_block=_tupled(layers_per_block),  # pyright: ignore[reportArgumentType]
+            cross_attention_dim=_tupled(cross_attention_dim),  # pyright: ignore[reportArgumentType]
+            transformer_layers_per_block=_tupled(transformer_layers_per_block),  # pyright: ignore[reportArgumentType]
+            num_attention_heads=_tupled(num_attention_heads),
             num_frames=num_frames,
         )
         if pose_conditions is not None:
@@ -132,3 +135,8 @@ class SpatioTemporalUNet(UNetSpatioTemporalConditionModel):
 def _attends(block: torch.nn.Module) -> bool:
     """Whether a diffusers block takes image embeddings."""
     return bool(getattr(block, "has_cross_attention", False))
+
+
+def _tupled(value: int | Sequence[int]) -> int | tuple[int, ...]:
+    """Lists, as they come from JSON, as tuples."""
+    return value if isinstance(value, int) else tuple(value)

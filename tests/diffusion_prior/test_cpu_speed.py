@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+from tiny_prior import random_clip, tiny_prior
+
+from diffusion_prior.cpu_speed import GroupNorm, speed_up
+
+
+@pytest.mark.parametrize("shape", [(2, 32, 5, 6), (2, 64, 4, 3), (1, 32, 3, 4, 5)])
+def test_group_norm_equals_torch_forward_and_backward(shape):
+    generator = torch.Generator().manual_seed(0)
+    order = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    x = torch.randn(shape, generator=generator).contiguous(memory_format=order)
+    grad = torch.randn(shape, generator=generator)
+    results = []
+    for norm_class in (torch.nn.GroupNorm, GroupNorm):
+        norm = norm_class(32, shape[1])
+        torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(1))
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        out = norm(leaf)
+        out.backward(grad)
+        results.append((out, leaf.grad, norm.weight.grad, norm.bias.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    for stock, ours in zip(results[0][1:], results[1][1:]):
+        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-4)
+
+
+def test_group_norm_passes_gradcheck():
+    norm = GroupNorm(2, 4).double()
+    x = torch.randn(2, 4, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    assert torch.autograd.gradcheck(norm, (x,))
+
+
+def test_speed_up_keeps_names_parameters_and_results():
+    from diffusers import AutoencoderKLTemporalDecoder
+
+    torch.manual_seed(0)
+    stock = AutoencoderKLTemporalDecoder(block_out_channels=(32,), latent_channels=4).eval()
+    fast = copy.deepcopy(stock)
+    parameters = dict(fast.named_parameters())
+    speed_up(fast)
+    assert all(fast.get_parameter(name) is parameter for name, parameter in parameters.items())
+    assert list(fast.state_dict()) == list(stock.state_dict())
+    assert any(isinstance(part, GroupNorm) for part in fast.modules())
+    x = random_clip().rgb
+    with torch.no_grad():
+        assert torch.equal(fast(x, num_frames=3).sample, stock(x, num_frames=3).sample)
+
+
+def test_priors_are_sped_up_wherever_they_come_from():
+    prior = tiny_prior()
+    for module in (prior.vae, prior.unet, prior.std):
+        kinds = {type(part) for part in module.modules()}
+        assert GroupNorm in kinds
+        assert torch.nn.GroupNorm not in kinds

@@ -1,0 +1,36 @@
+import pytest
+import torch
+
+from diffusion_prior.noise import karras_sigmas
+from diffusion_prior.sampler import frame_guidance, guide, sample_euler
+
+
+@pytest.mark.parametrize("steps", [1, 2, 10])
+def test_a_perfect_denoiser_gives_the_clean_sample(steps):
+    clean = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
+    sampled = sample_euler(lambda noisy, sigma: clean, noise, karras_sigmas(steps, 0.02, 80.0))
+    assert torch.equal(sampled, clean)
+
+
+def test_two_euler_steps_by_hand():
+    # denoiser D(x) = x / 2, sigmas 4, 2, 0, noise 1: x = 4; D = 2, slope (4 - 2) / 4 = 0.5, x = 4 - 2 * 0.5 = 3; D = 1.5
+    sampled = sample_euler(lambda noisy, sigma: noisy / 2, torch.ones(1), torch.tensor([4.0, 2.0, 0.0]))
+    assert sampled.item() == 1.5
+
+
+def test_many_steps_reach_the_exact_solution_for_gaussian_data():
+    # data N(0, 1): D = x / (1 + s^2); the flow keeps x / sqrt(1 + s^2): from 80 n to 80 / sqrt(6401) n = 0.99992 n
+    sampled = sample_euler(lambda noisy, sigma: noisy / (1 + sigma**2), torch.ones(1), karras_sigmas(500, 0.002, 80.0))
+    assert abs(sampled.item() - 0.99992) < 0.01  # Euler's own error falls as 1 / steps
+
+
+def test_guidance_rises_linearly_over_the_frames():
+    assert frame_guidance(5, 1.0, 3.0).tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
+
+
+def test_guidance_extrapolates_from_the_unconditional_frame_by_frame():
+    conditional = torch.full((1, 3, 1, 1, 1), 2.0)
+    unconditional = torch.full((1, 3, 1, 1, 1), 1.0)
+    guided = guide(conditional, unconditional, torch.tensor([0.0, 1.0, 3.0]))
+    assert guided.flatten().tolist() == [1.0, 2.0, 4.0]

@@ -1,0 +1,40 @@
+import dataclasses
+import subprocess
+import sys
+
+import jaxtyping
+import pytest
+import torch
+from tiny_prior import random_clip
+
+from diffusion_prior.types import ConditionClip
+
+
+def test_a_single_frame_is_no_clip():
+    with pytest.raises(ValueError, match=r"at least 2 frames .* got 1"):
+        random_clip(frames=1)
+
+
+def test_frames_of_another_size_are_refused(monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # users run without the checker of the tests
+    clip = random_clip()
+    with pytest.raises(ValueError, match=r"`alpha` must be \(3, 1, 16, 24\) as `rgb` is, got \(3, 1, 8, 24\)"):
+        ConditionClip(rgb=clip.rgb, alpha=clip.alpha[:, :, :8], disparity=clip.disparity)
+
+
+@pytest.mark.parametrize("name", ["rgb", "alpha", "disparity"])
+def test_nan_is_refused_and_named(name):
+    clip = random_clip()
+    broken = getattr(clip, name).clone()
+    broken[1, 0, 2, 3] = torch.nan
+    with pytest.raises(ValueError, match=f"`{name}` holds NaN"):
+        dataclasses.replace(clip, **{name: broken})
+
+
+def test_what_the_plugin_imports_loads_neither_diffusers_nor_transformers():
+    code = (
+        "import sys, diffusion_prior.types, diffusion_prior.conditioning;"
+        "print(sorted({'diffusers', 'transformers'} & set(sys.modules)))"
+    )
+    seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert seen.stdout.strip() == "[]"
