@@ -1,0 +1,218 @@
+"""The whole way on a tiny scene: train, a round, kill, resume, and nerfstudio's commands on the result."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nerfstudio.configs.method_configs import all_methods
+from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.scripts.eval import ComputePSNR
+from nerfstudio.scripts.exporter import ExportGaussianSplat
+from nerfstudio.scripts.render import DatasetRender, RenderInterpolated
+from nerfstudio.scripts.train import train_loop
+from plyfile import PlyData
+from tiny_prior import tiny_prior
+
+from diffusion_prior.checkpoints import save_prior
+from nerfstudio_enhancer.enhance_step import enhance_step
+from nerfstudio_enhancer.enhanced_views import EnhancedViewStore, round_folder_name
+
+START = 4
+STEPS = 8
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def prior_folder(tmp_path_factory) -> Path:
+    """A tiny untrained prior as a folder."""
+    folder = tmp_path_factory.mktemp("prior") / "tiny"
+    save_prior(tiny_prior(), folder)
+    return folder
+
+
+@pytest.fixture
+def config(nerfstudio_folder: Callable[..., Path], tmp_path: Path, prior_folder: Path) -> TrainerConfig:
+    """The method as registered, with three references of the tiny scene and one round after a few steps."""
+    config = copy.deepcopy(all_methods["3dgs-enhancer"])
+    config.data = nerfstudio_folder(num_images=10, width=64, height=48)
+    config.output_dir, config.experiment_name, config.timestamp = tmp_path / "outputs", "tiny", "first"
+    config.vis = "tensorboard"
+    config.viewer.quit_on_train_completion = True
+    config.machine.device_type = "cpu"
+    config.max_num_iterations = STEPS
+    config.steps_per_save = 1000
+    config.pipeline.datamanager.data = config.data
+    config.pipeline.datamanager.dataparser.num_views = 3
+    config.pipeline.datamanager.dataparser.test_every = 3
+    config.pipeline.datamanager.dataparser.seed_points = "random"
+    enhance = config.pipeline.model.enhance
+    enhance.prior, enhance.start, enhance.every, enhance.rounds = str(prior_folder), START, 2, 1
+    enhance.trajectory.min_frames = enhance.trajectory.max_frames = 3
+    return config
+
+
+def train(config: TrainerConfig) -> Path:
+    """Train as ns-train does.
+
+    Returns:
+        The run's folder.
+    """
+    config.save_config()
+    train_loop(local_rank=0, world_size=1, config=config)
+    return config.get_base_dir()
+
+
+def views_of(run: Path, step: int = START) -> EnhancedViewStore:
+    store = EnhancedViewStore()
+    store.load_rounds(run / "enhanced_views", up_to_step=step)
+    return store
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "nerfstudio_models").glob("*"))
+
+
+def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(config: TrainerConfig, tmp_path: Path) -> None:
+    run = train(config)
+    folder = run / "enhanced_views" / round_folder_name(START)
+    assert (folder / "contact_sheet.png").is_file()
+    # the clips between three references, three frames each
+    assert views_of(run).num_views == len(list((folder / "frames").glob("*.png"))) >= 6
+    assert checkpoints(run) == [f"step-{STEPS - 1:09d}.ckpt"]
+
+    ComputePSNR(load_config=run / "config.yml", output_path=tmp_path / "eval.json").main()
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert {"psnr", "ssim", "lpips"} <= results.keys()
+    assert np.isfinite([results["psnr"], results["ssim"], results["lpips"]]).all()
+
+    ExportGaussianSplat(load_config=run / "config.yml", output_dir=tmp_path / "export").main()
+    vertices = PlyData.read(tmp_path / "export" / "splat.ply")["vertex"]
+    state = torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True)["pipeline"]
+    means = state["_model.gauss_params.means"]
+    assert len(vertices) == len(means)
+    assert np.allclose(np.stack([vertices[axis] for axis in "xyz"], -1), means.numpy(), atol=1e-6)
+
+    DatasetRender(
+        load_config=run / "config.yml", output_path=tmp_path / "renders", rendered_output_names=["rgb", "confidence"]
+    ).main()
+    assert len(list((tmp_path / "renders").rglob("rgb/*"))) == len(list((tmp_path / "renders").rglob("confidence/*"))) > 0
+
+    RenderInterpolated(
+        load_config=run / "config.yml",
+        output_path=tmp_path / "path",
+        output_format="images",
+        interpolation_steps=2,
+        pose_source="train",
+    ).main()
+    assert list((tmp_path / "path").rglob("*.jpg"))
+
+
+def test_the_same_seed_gives_the_same_splats(config: TrainerConfig) -> None:
+    first = train(config)
+    config.timestamp = "second"
+    second = train(config)
+    a, b = (torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True) for run in (first, second))
+    for name, value in a["pipeline"].items():
+        assert torch.equal(value, b["pipeline"][name]), name
+
+
+def test_a_run_killed_in_its_round_resumes_from_the_step_before_it(config: TrainerConfig, monkeypatch) -> None:
+    def killed(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.enhance_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    run = config.get_base_dir()
+    assert checkpoints(run) == [f"step-{START - 1:09d}.ckpt"]
+    assert not (run / "enhanced_views").exists()
+
+    monkeypatch.undo()
+    config.load_dir, config.timestamp = run / "nerfstudio_models", "resumed"
+    config.max_num_iterations = STEPS - START
+    resumed = train(config)
+    assert checkpoints(resumed) == [f"step-{STEPS - 1:09d}.ckpt"]
+    assert views_of(resumed).num_views >= 6
+
+
+def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfig, monkeypatch) -> None:
+    first = train(config)
+    calls = []
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.enhance_step", lambda *args: calls.append(1) or enhance_step(*args))
+    config.load_dir, config.timestamp, config.max_num_iterations = first / "nerfstudio_models", "resumed", 2
+    seen = {}
+
+    def remember(rounds, *_args):
+        seen["views"] = rounds.store.rounds[START]
+
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.Rounds.run_if_due", lambda rounds, step: remember(rounds))
+    train(config)
+    assert not calls
+    for saved, taken in zip(views_of(first).rounds[START], seen["views"], strict=True):
+        assert torch.equal(saved.rgb, taken.rgb)
+
+
+@pytest.mark.parametrize("feed", ["renders", "mean-filled", "blurred", "photographs"])
+def test_controls_and_oracle_need_no_prior(config: TrainerConfig, feed: str) -> None:
+    config.pipeline.model.enhance.prior, config.pipeline.model.enhance.feed = "none", feed
+    config.max_num_iterations = START + 1
+    assert views_of(train(config)).num_views > 0
+
+
+def test_without_prior_no_round_runs(config: TrainerConfig) -> None:
+    config.pipeline.model.enhance.prior = "none"
+    assert not (train(config) / "enhanced_views").exists()
+
+
+def test_several_rounds_run_and_the_last_is_kept(config: TrainerConfig) -> None:
+    config.pipeline.model.enhance.rounds = 2
+    run = train(config)
+    assert {path.name for path in (run / "enhanced_views").iterdir()} == {round_folder_name(4), round_folder_name(6)}
+
+
+def test_a_disk_that_fills_up_during_training_leaves_the_older_checkpoint(config: TrainerConfig, monkeypatch) -> None:
+    config.pipeline.model.enhance.prior, config.steps_per_save = "none", 3
+    saved = []
+    write = torch.save
+
+    def full_after_the_first(state, path, *args, **kwargs):
+        if saved:
+            Path(path).write_bytes(b"half a checkpoint")
+            raise OSError(28, "No space left on device")
+        saved.append(path)
+        write(state, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full_after_the_first)
+    with pytest.raises(OSError, match="older checkpoint is untouched"):
+        train(config)
+    assert checkpoints(config.get_base_dir()) == ["step-000000003.ckpt"]
+
+
+def test_an_unknown_prior_is_named_and_the_splats_so_far_are_kept(config: TrainerConfig, tmp_path: Path) -> None:
+    config.pipeline.model.enhance.prior = str(tmp_path / "nowhere")
+    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+        train(config)
+
+
+def test_one_reference_view_cannot_be_enhanced(config: TrainerConfig) -> None:
+    config.pipeline.datamanager.dataparser.num_views = 1
+    with pytest.raises(ValueError, match="at least 2 reference views"):
+        train(config)
+
+
+def test_photographs_are_reduced_in_memory_to_the_size_asked_for(config: TrainerConfig, tmp_path: Path) -> None:
+    config.pipeline.datamanager.max_image_size = 40
+    config.pipeline.model.enhance.prior = "none"
+    config.max_num_iterations = 1
+    before = {path: path.stat().st_mtime_ns for path in config.data.rglob("*")}
+    run = train(config)
+    DatasetRender(load_config=run / "config.yml", output_path=tmp_path / "out", rendered_output_names=["rgb"]).main()
+    from PIL import Image
+
+    assert {Image.open(path).size for path in (tmp_path / "out").rglob("*.jpg")} == {(40, 30)}
+    assert {path: path.stat().st_mtime_ns for path in config.data.rglob("*")} == before
