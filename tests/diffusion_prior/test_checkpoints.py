@@ -13,10 +13,16 @@ from diffusion_prior.checkpoints import load_prior, read_prior, resolve_folder, 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "prior"
+    save_prior(tiny_prior(), path)
+    return path
+
+
 @pytest.fixture
-def folder(tmp_path):
-    save_prior(tiny_prior(), tmp_path / "prior")
-    return tmp_path / "prior"
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "prior")
 
 
 def seeded():

@@ -55,3 +55,19 @@ def test_priors_are_sped_up_wherever_they_come_from():
         kinds = {type(part) for part in module.modules()}
         assert GroupNorm in kinds
         assert torch.nn.GroupNorm not in kinds
+
+
+def test_group_norm_learns_under_autocast_as_torch_does():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 32, 6, 5, generator=generator).contiguous(memory_format=torch.channels_last)
+    results = []
+    for norm_class in (torch.nn.GroupNorm, GroupNorm):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(32, 32, 3), norm_class(32, 32), torch.nn.Conv2d(32, 1, 1))
+        with torch.autocast("cpu", torch.bfloat16):
+            net(x).float().square().mean().backward()
+        results.append([parameter.grad for parameter in net.parameters()])
+    for stock, ours in zip(*results):
+        assert ours.dtype == stock.dtype == torch.float32
+        # bfloat16 rounds each product to 8 bits
+        torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2 * stock.abs().max().item() + 1e-6)
