@@ -297,10 +297,12 @@ def _extract(view: ReferenceView, config: TriangulationConfig) -> _Features:
     if scale < 1:
         grey = cv2.resize(grey, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
     pycolmap.logging.minloglevel = pycolmap.logging.WARNING.value
-    keypoints, descriptors = pycolmap.Sift(options, pycolmap.Device.cpu).extract(np.ascontiguousarray(grey))
-    keypoints, descriptors = np.asarray(keypoints), np.asarray(descriptors, dtype=np.float32)
+    extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
+    keypoints, descriptors = extractor.extract(pycolmap.Bitmap.from_array(np.ascontiguousarray(grey)))
+    descriptors = np.asarray(descriptors.data).astype(np.float32)
+    in_grey = np.array([(keypoint.x, keypoint.y) for keypoint in keypoints], dtype=np.float64).reshape(-1, 2)
     # From the scaled picture's true size, which is rounded, to pixels of the photograph.
-    pixel = keypoints[:, :2].astype(np.float64) * [view.width / grey.shape[1], view.height / grey.shape[0]]
+    pixel = in_grey * [view.width / grey.shape[1], view.height / grey.shape[0]]
     column = np.clip(pixel[:, 0].astype(int), 0, view.width - 1)
     row = np.clip(pixel[:, 1].astype(int), 0, view.height - 1)
     kept = view.usable[row, column]
@@ -557,7 +559,7 @@ def _agrees_with_neighbours(
     xyz: Float[np.ndarray, "n 3"], views: Sequence[ReferenceView], config: TriangulationConfig
 ) -> Bool[np.ndarray, " n"]:
     """Points that, in half of the views or more that see them, have enough neighbours at about their depth."""
-    from scipy.spatial import cKDTree
+    from scipy.spatial import KDTree
 
     if config.agreeing_neighbours == 0:
         return np.ones(len(xyz), dtype=bool)
@@ -568,8 +570,8 @@ def _agrees_with_neighbours(
             continue
         in_camera = xyz[index] @ view.world_to_camera[:3, :3].T + view.world_to_camera[:3, 3]
         in_picture, log_depth = in_camera[:, :2] / in_camera[:, 2:], np.log(in_camera[:, 2])
-        _, neighbour = cKDTree(in_picture).query(in_picture, NUM_NEIGHBOURS + 1)
-        near = np.abs(log_depth[neighbour[:, 1:]] - log_depth[:, None]) <= config.neighbour_depth
+        _, neighbour = KDTree(in_picture).query(in_picture, NUM_NEIGHBOURS + 1)
+        near = np.abs(log_depth[np.asarray(neighbour)[:, 1:]] - log_depth[:, None]) <= config.neighbour_depth
         seen[index] += 1
         agreed[index] += near.sum(axis=1) >= config.agreeing_neighbours
     return agreed >= 0.5 * seen

@@ -224,6 +224,8 @@ MAX_STARTS = 24
 """Nearest-neighbour tours are begun at so many references at most."""
 MAX_VIEWS_TO_MOVE = 24
 """Up to so many references parts of the tour are moved too; beyond, only reversed."""
+CLOSING_SLACK = 1e-3
+"""The step that closes a ring may be so much longer than the longest other one: evenly spread views differ by rounding."""
 MIN_GAIN = 1e-9
 """A change must shorten the tour by more than rounding."""
 
@@ -234,7 +236,7 @@ def _neighbours(camera_to_world: Tensor, config: TrajectoryConfig) -> list[tuple
     if config.close_loop and len(order) > 2:
         length = _step_lengths(camera_to_world, config.turn_weight)
         longest = max(length[i, j] for i, j in pairs)
-        if length[order[-1], order[0]] <= longest:
+        if length[order[-1], order[0]] <= longest * (1 + CLOSING_SLACK):
             pairs.append((order[-1], order[0]))
     return pairs
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional, Tuple  # noqa: UP035  (nerfstudio's tyro reads these)
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,10 +30,10 @@ class SparseViewsDataParserConfig(DataParserConfig):
     """target class to instantiate"""
     data: Path = Path()
     """Folder of the capture (transforms.json, or a COLMAP model), or a transforms.json file."""
-    num_views: Optional[int] = None  # noqa: UP045
+    num_views: int | None = None
     """Number of reference photographs to train on, spread evenly over the capture order. Without it every training
     photograph is a reference view and the capture's own point cloud is used, as in plain splatfacto."""
-    reference_views: Optional[Tuple[str, ...]] = None  # noqa: UP006, UP045
+    reference_views: tuple[str, ...] | None = None
     """Names of the reference photographs, instead of `num_views`."""
     test_every: int = 8
     """Every how many of the other photographs one is a test view; the others stay unused."""
@@ -84,7 +84,7 @@ class SparseViewsDataParser(DataParser):
     """
 
     config: SparseViewsDataParserConfig  # pyright: ignore[reportIncompatibleVariableOverride]
-    downscale_factor: Optional[int] = None  # noqa: UP045
+    downscale_factor: int | None = None
     """Set by nerfstudio to 1 where a finished model is only looked at; photographs are not opened then."""
 
     def _generate_dataparser_outputs(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
