@@ -13,6 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
+from diffusion_prior.conditioning import normalised_disparity
 from diffusion_prior.types import ConditionClip, EnhancedClip
 from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence
 from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channels_last, world_to_camera_opencv
@@ -178,8 +179,6 @@ def condition_clip(
     cameras: Cameras,
 ) -> ConditionClip:
     """The prior's input: the renders with the reference photographs as first and last frame (paper, section 4.1)."""
-    from diffusion_prior.conditioning import normalised_disparity  # imports diffusers: too heavy for a registration
-
     rgb, alpha = rendered.rgb.clone(), rendered.alpha.clone()
     rgb[0], rgb[-1] = ends[0].to(rgb), ends[1].to(rgb)
     alpha[0] = alpha[-1] = 1.0
