@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,9 @@ from torch.utils.data import Dataset
 from diffusion_prior.data.pairs import RunHeader, find_runs, read_header, read_rows
 
 OPAQUE = 255
+THUMBNAIL_PX = 64
+"""Side of the whole frames that go along with a crop, for the image encoder."""
+PICTURES = ("rgb", "alpha", "disparity", "target")
 VALIDATION_SHARE = 12
 """One scene in this many is held out where no validation scenes are named."""
 
@@ -43,6 +46,8 @@ class ClipBatch:
     """Normalised disparity of the render, at the references too."""
     target: UInt8[Tensor, "b t 3 h w"]
     """Photographs of all frames."""
+    thumbnail: UInt8[Tensor, "b t 3 s s"]
+    """`rgb` as whole frames before any crop, squeezed into a small square: what the image encoder looks at."""
 
 
 @dataclass
@@ -176,22 +181,30 @@ def spread_frames(gap: Gap, num_frames: int) -> list[int]:
 
 def read_clip(gap: Gap, frames: Sequence[int]) -> ClipBatch:
     """A batch of one whole clip: the reference before, the frames of these rows, the reference after."""
-    ends = [gap.before, gap.after]
-    rows = read_rows(
-        gap.header.folder,
-        dict.fromkeys(("render", "alpha", "disparity", "target"), frames)
-        | dict.fromkeys(("references", "reference_disparity"), ends),
-    )
+    wanted: dict[str, Sequence[int]] = {name: frames for name in PICTURES if name != "rgb"} | {"render": frames}
+    wanted |= {name: [gap.before, gap.after] for name in ("references", "reference_disparity")}
+    rows = read_rows(gap.header.folder, wanted)
     first, last = rows["references"].split(1)
     first_disparity, last_disparity = rows["reference_disparity"].split(1)
     opaque = torch.full_like(first_disparity, OPAQUE)
+    rgb = torch.cat([first, rows["render"], last])
     clip = (
-        torch.cat([first, rows["render"], last]),
+        rgb,
         torch.cat([opaque, rows["alpha"], opaque]),
         torch.cat([first_disparity, rows["disparity"], last_disparity]),
         torch.cat([first, rows["target"], last]),
+        thumbnails(rgb),
     )
     return ClipBatch(*(rearrange(frames_of, "t c h w -> 1 t c h w") for frames_of in clip))
+
+
+def thumbnails(rgb: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 s s"]:
+    """Whole frames squeezed into squares of 64 pixels, as the image encoder would do itself."""
+    flat = rgb.reshape(-1, *rgb.shape[-3:])
+    size = (THUMBNAIL_PX, THUMBNAIL_PX)
+    return F.interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False).reshape(
+        *rgb.shape[:-2], *size
+    )
 
 
 def validation_clips(gaps: Sequence[Gap], count: int, num_frames: int, size_multiple: int) -> list[ClipBatch]:
@@ -220,25 +233,25 @@ def crop_size(header: RunHeader, config: ClipConfig) -> tuple[int, int]:
 
 
 def cut(clip: ClipBatch, size: tuple[int, int], top: int, left: int) -> ClipBatch:
-    """The rectangle of a size at an offset, the same in every frame."""
+    """The rectangle of a size at an offset, the same in every frame; thumbnails stay whole."""
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
-    return ClipBatch(*(frames[..., rows, columns] for frames in _fields(clip)))
+    return _changed(clip, PICTURES, lambda frames: frames[..., rows, columns])
 
 
 def augment(clip: ClipBatch, size: tuple[int, int], config: ClipConfig, generator: torch.Generator) -> ClipBatch:
-    """Random crop, mirroring, channel order, direction and good patches, the same in all frames of the clip."""
+    """Good patches, random crop, mirroring, direction and channel order, the same in all frames of the clip."""
+    if float(torch.rand((), generator=generator)) < config.good_render_probability:
+        clip = with_good_patches(clip, generator)
     height, width = clip.rgb.shape[-2:]
     top, left = _below(height - size[0] + 1, generator), _below(width - size[1] + 1, generator)
     clip = cut(clip, size, top, left)
     if config.flip and _below(2, generator):
-        clip = ClipBatch(*(frames.flip(-1) for frames in _fields(clip)))
+        clip = _changed(clip, (*PICTURES, "thumbnail"), lambda frames: frames.flip(-1))
     if config.swap_references and _below(2, generator):
-        clip = ClipBatch(*(frames.flip(1) for frames in _fields(clip)))
+        clip = _changed(clip, (*PICTURES, "thumbnail"), lambda frames: frames.flip(1))
     if config.permute_channels and _below(2, generator):
         order = torch.randperm(3, generator=generator)
-        clip = ClipBatch(clip.rgb[:, :, order], clip.alpha, clip.disparity, clip.target[:, :, order])
-    if float(torch.rand((), generator=generator)) < config.good_render_probability:
-        clip = with_good_patches(clip, generator)
+        clip = _changed(clip, ("rgb", "target", "thumbnail"), lambda frames: frames[:, :, order])
     return clip
 
 
@@ -248,15 +261,15 @@ def with_good_patches(clip: ClipBatch, generator: torch.Generator) -> ClipBatch:
     coarse = torch.rand(batch * frames, 1, 4, 4, generator=generator) * 3 - 1
     share = F.interpolate(coarse, (height, width), mode="bilinear", align_corners=False).clamp(0, 1)
     share = rearrange(share, "(b t) c h w -> b t c h w", b=batch)
-    rgb = clip.rgb + share * (clip.target.float() - clip.rgb.float())
-    alpha = torch.maximum(clip.alpha.float(), share * OPAQUE)
-    return ClipBatch(rgb.round().to(torch.uint8), alpha.round().to(torch.uint8), clip.disparity, clip.target)
+    rgb = (clip.rgb + share * (clip.target.float() - clip.rgb.float())).round().to(torch.uint8)
+    alpha = torch.maximum(clip.alpha.float(), share * OPAQUE).round().to(torch.uint8)
+    return replace(clip, rgb=rgb, alpha=alpha, thumbnail=thumbnails(rgb))
 
 
 def collate(clips: Sequence[ClipBatch]) -> ClipBatch:
     """Clips of one size as one batch."""
     return ClipBatch(
-        *(torch.cat(frames).contiguous() for frames in zip(*(_fields(clip) for clip in clips), strict=True))
+        **{name: torch.cat([getattr(clip, name) for clip in clips]).contiguous() for name in (*PICTURES, "thumbnail")}
     )
 
 
@@ -272,8 +285,8 @@ def step_generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed((offset + step * 0x9E3779B97F4A7C15) % (1 << 63))
 
 
-def _fields(clip: ClipBatch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return clip.rgb, clip.alpha, clip.disparity, clip.target
+def _changed(clip: ClipBatch, names: Sequence[str], change: Callable[[Tensor], Tensor]) -> ClipBatch:
+    return replace(clip, **{name: change(getattr(clip, name)) for name in names})
 
 
 def _gap_weights(gaps: Sequence[Gap]) -> Tensor:

@@ -16,6 +16,7 @@ from diffusion_prior.data.clips import (
     split_scenes,
     spread_frames,
     step_generator,
+    thumbnails,
     to_float,
     validation_clips,
     with_good_patches,
@@ -133,7 +134,7 @@ def test_pictures_below_the_multiple_are_refused(tmp_path):
 def ramp_clip() -> ClipBatch:
     """Two clips of 4 frames whose every byte differs from its neighbours."""
     rgb = (torch.arange(2 * 4 * 3 * 16 * 16) % 241).to(torch.uint8).reshape(2, 4, 3, 16, 16)
-    return ClipBatch(rgb, rgb[:, :, :1].contiguous(), rgb[:, :, 1:2].contiguous(), rgb.clone())
+    return ClipBatch(rgb, rgb[:, :, :1].contiguous(), rgb[:, :, 1:2].contiguous(), rgb.clone(), thumbnails(rgb))
 
 
 @pytest.mark.parametrize(
@@ -151,7 +152,7 @@ def test_an_augmentation_does_the_same_to_every_field_or_nothing(setting, expect
         varied = augment(clip, (16, 16), config, torch.Generator().manual_seed(seed))
         changed = not torch.equal(varied.rgb, clip.rgb)
         seen.add(changed)
-        for name in ("rgb", "alpha", "disparity", "target"):
+        for name in ("rgb", "alpha", "disparity", "target", "thumbnail"):
             frames = getattr(clip, name)
             assert torch.equal(getattr(varied, name), expected(frames) if changed else frames)
     assert seen == {True, False}
@@ -174,6 +175,13 @@ def test_crop_takes_the_same_rectangle_from_every_field():
     assert torch.equal(varied.alpha, varied.rgb[:, :, :1])
 
 
+def test_thumbnails_show_the_whole_frame_though_the_crop_does_not():
+    clip = ramp_clip()
+    varied = augment(clip, (8, 8), PLAIN, torch.Generator().manual_seed(4))
+    assert torch.equal(varied.thumbnail, clip.thumbnail)
+    assert varied.thumbnail.shape == (2, 4, 3, 64, 64)
+
+
 def test_good_patches_lie_between_render_and_photograph_and_raise_alpha():
     shape = (1, 3, 3, 32, 32)
     clip = ClipBatch(
@@ -181,12 +189,14 @@ def test_good_patches_lie_between_render_and_photograph_and_raise_alpha():
         torch.zeros(1, 3, 1, 32, 32, dtype=torch.uint8),
         torch.zeros(1, 3, 1, 32, 32, dtype=torch.uint8),
         torch.full(shape, 200, dtype=torch.uint8),
+        torch.zeros(1, 3, 3, 64, 64, dtype=torch.uint8),
     )
     varied = with_good_patches(clip, torch.Generator().manual_seed(0))
     assert varied.rgb.max() == 200
     assert varied.rgb.min() == 0
     # share s gives rgb 200 s and alpha 255 s: alpha = 1.275 rgb, both rounded
     torch.testing.assert_close(varied.alpha.float(), varied.rgb[:, :, :1].float() * 1.275, atol=1.2, rtol=0)
+    assert torch.equal(varied.thumbnail, thumbnails(varied.rgb))
 
 
 def test_good_patches_leave_the_references_as_they_are():

@@ -1,0 +1,61 @@
+"""What every training starts from: a prior, the clips to train on and the fixed ones to validate with."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+
+from diffusion_prior.checkpoints import load_prior, save_prior
+from diffusion_prior.data.clips import ClipBatch, Gap, find_gaps, split_scenes, validation_clips
+from diffusion_prior.prior import VideoPrior, build_compact_prior
+from diffusion_prior.training.config import TrainingConfig
+from diffusion_prior.training.loop import PRIOR_NAME
+
+AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
+
+
+def starting_prior(config: TrainingConfig, device: torch.device) -> VideoPrior:
+    """The prior named by the settings in float32, or a compact one with random weights."""
+    if config.prior is None:
+        return build_compact_prior(config.seed).to(device)
+    return load_prior(str(config.prior), device, torch.float32)
+
+
+def training_gaps(config: TrainingConfig) -> list[Gap]:
+    """The gaps of the scenes that train."""
+    return find_gaps(config.pairs, split_scenes(config.pairs, config.validation_scenes)[0])
+
+
+def fixed_clips(config: TrainingConfig, num_frames: int, size_multiple: int) -> list[ClipBatch]:
+    """The whole clips of the scenes that validate."""
+    gaps = find_gaps(config.pairs, split_scenes(config.pairs, config.validation_scenes)[1])
+    return validation_clips(gaps, config.validation_clips, num_frames, size_multiple)
+
+
+def cut_to_latents(config: AnyConfig, prior: VideoPrior) -> AnyConfig:
+    """The settings with crops that the prior's latents divide, whatever size they were asked for."""
+    factor = prior.latent_factor
+    multiple = -(-config.clips.size_multiple // factor) * factor
+    return replace(config, clips=replace(config.clips, size_multiple=multiple))
+
+
+def clip_to(clip: ClipBatch, device: torch.device) -> ClipBatch:
+    """A batch on another device."""
+    return ClipBatch(**{name: frames.to(device) for name, frames in vars(clip).items()})
+
+
+def write_prior(prior: VideoPrior, config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Write the trained prior below the output folder, float16, by the main process alone."""
+    if accelerator.is_main_process:
+        save_prior(prior, config.output / PRIOR_NAME, torch.float16)
+    accelerator.wait_for_everyone()
+
+
+def log_to_console() -> None:
+    """Show the trainings' messages with their time."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -1,0 +1,183 @@
+"""Each training on tiny networks: a few real steps, then the prior that it leaves behind."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from diffusion_prior.checkpoints import load_prior
+from diffusion_prior.conditioning import encode_frames
+from diffusion_prior.data.clips import ClipConfig, to_float
+from diffusion_prior.training import train_ldm, train_std, train_vae
+from diffusion_prior.training.setup import fixed_clips
+from diffusion_prior.training.train_ldm import LdmConfig, batch_condition, draw_sigmas
+from diffusion_prior.training.train_std import StdConfig, sample_batch
+from diffusion_prior.training.train_vae import VaeConfig
+from diffusion_prior.training.validation import condition_clip, contact_sheet, judge
+
+CLIPS = ClipConfig(num_frames=4, batch_size=2, crop_px=32, size_multiple=8)
+
+
+def settings(kind, pairs, tiny_prior, output, **changes):
+    values = {
+        "steps": 3,
+        "log_every": 1,
+        "warmup_steps": 0,
+        "precision": "fp32",
+        "validation_clips": 1,
+        "clips": CLIPS,
+        "prior": tiny_prior,
+    }
+    return kind(pairs=pairs, output=output, **{**values, **changes})
+
+
+def log(output) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def changed_parts(before, after) -> set[str]:
+    return {
+        name
+        for name, module in after.modules.items()
+        if any(
+            not torch.equal(tensor, before.modules[name].state_dict()[key].half())
+            for key, tensor in module.state_dict().items()
+            if tensor.is_floating_point()
+        )
+    }
+
+
+@pytest.fixture(scope="module")
+def before(tiny_prior):
+    return load_prior(str(tiny_prior), "cpu", torch.float32)
+
+
+def test_vae_training_changes_the_vae_and_gives_std_its_decoder(pairs, tiny_prior, before, tmp_path):
+    train_vae.run(settings(VaeConfig, pairs, tiny_prior, tmp_path))
+    trained = load_prior(str(tmp_path / "prior"), "cpu", torch.float16)
+    assert changed_parts(before, trained) == {"vae", "std"}
+    for name, tensor in trained.vae.decoder.state_dict().items():
+        assert torch.equal(trained.std.decoder.state_dict()[name], tensor)
+    lines = log(tmp_path)
+    assert {"loss", "l1", "lpips", "kl", "gradient_norm", "learning_rate"} <= set(lines[0])
+    assert {"render/psnr", "reconstruction/psnr", "reconstruction/lpips", "latent_std"} <= set(lines[-1])
+
+
+def test_vae_training_records_the_scale_that_gives_latents_unit_spread(pairs, tiny_prior, tmp_path):
+    config = settings(VaeConfig, pairs, tiny_prior, tmp_path)
+    train_vae.run(config)
+    trained = load_prior(str(tmp_path / "prior"), "cpu", torch.float32)
+    (clip,) = fixed_clips(config, train_vae.VALIDATION_FRAMES, 8)
+    frames = to_float(torch.cat([clip.target[0], clip.rgb[0]]))
+    with torch.no_grad():
+        latents = encode_frames(trained.vae, frames, 2) * trained.latent_scale
+    # weights were rounded to float16 after the scale was measured
+    assert float(latents.std()) == pytest.approx(1.0, abs=0.01)
+
+
+def test_ldm_training_changes_unet_and_image_encoder_alone(pairs, tiny_prior, before, tmp_path):
+    train_ldm.run(settings(LdmConfig, pairs, tiny_prior, tmp_path))
+    trained = load_prior(str(tmp_path / "prior"), "cpu", torch.float16)
+    assert changed_parts(before, trained) == {"unet", "image_encoder"}
+    assert {"render/psnr", "sampled/psnr", "ceiling/psnr"} <= set(log(tmp_path)[-1])
+
+
+def test_std_training_changes_the_std_alone(pairs, tiny_prior, before, tmp_path):
+    train_std.run(settings(StdConfig, pairs, tiny_prior, tmp_path))
+    trained = load_prior(str(tmp_path / "prior"), "cpu", torch.float16)
+    assert changed_parts(before, trained) == {"std"}
+    assert {"render/psnr", "stock/psnr", "enhanced/lpips", "corrected/psnr"} <= set(log(tmp_path)[-1])
+
+
+def test_std_training_with_a_discriminator_trains_both(pairs, tiny_prior, before, tmp_path):
+    config = settings(StdConfig, pairs, tiny_prior, tmp_path, adversarial_weight=0.1, adversarial_start=0.0)
+    train_std.run(config)
+    line = log(tmp_path)[0]
+    assert {"std/loss", "std/adversarial", "discriminator/loss"} <= set(line)
+    weights = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["losses"]
+    assert any(name.startswith("discriminator") for name in weights)
+    assert changed_parts(before, load_prior(str(tmp_path / "prior"), "cpu", torch.float16)) == {"std"}
+
+
+def test_std_learns_to_brighten_renders(pairs, tiny_prior, tmp_path):
+    config = settings(StdConfig, pairs, tiny_prior, tmp_path, steps=15, learning_rate=5e-3, lpips_weight=0.0)
+    train_std.run(config)
+    losses = [line["l1"] for line in log(tmp_path) if "l1" in line]
+    assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+def test_the_first_phase_trains_at_the_highest_noise_alone():
+    config = LdmConfig(pairs=None, output=None, regression_share=0.5, highest_noise_share=0.25)
+    generator = torch.Generator().manual_seed(0)
+    assert draw_sigmas(100, 0.49, config, 80.0, generator).unique().tolist() == [80.0]
+    later = draw_sigmas(4000, 0.5, config, 80.0, generator)
+    highest = float((later == 80.0).float().mean())
+    # a quarter stays; of the others P(ln sigma > ln 80) = P(z > (4.382 - 0.7) / 1.6) = 0.0107 is clamped
+    assert highest == pytest.approx(0.25 + 0.75 * 0.0107, abs=0.025)
+    assert float(later[later < 80].log().median()) == pytest.approx(0.7, abs=0.15)
+
+
+def test_condition_of_a_batch_is_that_of_the_clip_alone(pairs, tiny_prior, before, tmp_path):
+    clip = fixed_clips(settings(LdmConfig, pairs, tiny_prior, tmp_path), 5, 8)[0]
+    with torch.no_grad():
+        batched = batch_condition(before, clip, None)
+        alone = before.condition(condition_clip(clip), torch.Generator().manual_seed(0))
+    torch.testing.assert_close(batched.latents, alone.latents)
+    torch.testing.assert_close(batched.extra, alone.extra)
+    torch.testing.assert_close(batched.micro, alone.micro)
+    # thumbnails are stored as bytes
+    torch.testing.assert_close(batched.embeddings, alone.embeddings, atol=0.02, rtol=0.02)
+
+
+def test_sampled_batch_equals_the_prior_s_own_sample_of_a_clip(pairs, tiny_prior, before, tmp_path):
+    clip = fixed_clips(settings(LdmConfig, pairs, tiny_prior, tmp_path), 5, 8)[0]
+    batched = sample_batch(before, clip, torch.Generator().manual_seed(3))[0]
+    alone = before.predict_latents(condition_clip(clip), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(batched, alone, atol=0.02, rtol=0.02)
+
+
+def test_crops_are_made_to_fit_the_latents(pairs, tiny_prior, tmp_path):
+    clips = dataclasses.replace(CLIPS, crop_px=38, size_multiple=3)
+    train_vae.run(settings(VaeConfig, pairs, tiny_prior, tmp_path, clips=clips, steps=1))
+    assert (tmp_path / "prior" / "model_index.json").is_file()
+
+
+def test_judging_leaves_the_references_out(pairs, tiny_prior, tmp_path):
+    clip = fixed_clips(settings(LdmConfig, pairs, tiny_prior, tmp_path), 4, 8)[0]
+
+    def spoil_references(clip, number):
+        frames = to_float(clip.target[0]).clone()
+        frames[[0, -1]] = 0
+        return frames
+
+    metrics, sheet = judge([clip], {"perfect": spoil_references})
+    assert metrics["perfect/psnr"] == 100
+    assert metrics["perfect/lpips"] == 0
+    assert metrics["render/psnr"] < 30
+    # one row: render, prediction, photograph, each 200 px wide and 32 x 200 / 40 = 160 px high
+    assert sheet.shape == (3, 160, 600)
+
+
+def test_contact_sheet_stacks_rows_of_different_shapes():
+    tall, wide = torch.zeros(3, 20, 10), torch.ones(3, 10, 20)
+    sheet = contact_sheet([[tall, tall], [wide, wide]])
+    assert sheet.shape == (3, 400 + 100, 400)
+    assert sheet[:, :400].max() == 0
+    assert sheet[:, 400:].min() == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(pairs, tiny_prior, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["diffusion_prior.training.train_ldm", "--pairs", str(pairs), "--output", str(tmp_path)]
+    command += ["--prior", str(tiny_prior), "--steps", "2", "--log-every", "1", "--validation-clips", "1"]
+    command += ["--clips.crop-px", "32", "--clips.batch-size", "1", "--clips.num-frames", "3", "--precision", "fp32"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [line["step"] for line in log(tmp_path) if "loss" in line] == [1, 2]
+    assert (tmp_path / "prior" / "model_index.json").is_file()
