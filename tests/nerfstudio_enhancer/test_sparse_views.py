@@ -14,7 +14,7 @@ from nerfstudio.data.dataparsers.colmap_dataparser import ColmapDataParserConfig
 from nerfstudio.data.dataparsers.nerfstudio_dataparser import NerfstudioDataParserConfig
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from PIL import Image
-from scenes import TinyScene, surface_points
+from scenes import TinyScene, surface_points, write_colmap_folder, write_nerfstudio_folder
 
 from nerfstudio_enhancer.initial_splats import SeedPointsConfig
 from nerfstudio_enhancer.scene.capture import Capture, Frame, natural_key, read_capture
@@ -357,6 +357,22 @@ def test_sfm_seed_points_lie_on_the_true_surface(colmap_folder: WriteFolder, sce
     true_points, _ = surface_points(scene, 300)
     nearest = torch.cdist(original, torch.from_numpy(true_points)).min(dim=1).values
     assert float(nearest.max()) < 1e-3
+
+
+def test_sfm_seed_points_of_a_processed_folder_follow_the_poses_of_transforms_json(
+    tmp_path: Path, scene: TinyScene
+) -> None:
+    """ns-process-data leaves transforms.json and the COLMAP model, in another world, in one folder."""
+    folder = write_colmap_folder(tmp_path, scene, model="colmap/sparse/0", num_points=300)
+    applied = np.array([[0.0, 0, 1, 5], [1, 0, 0, 6], [0, 1, 0, 7]])
+    write_nerfstudio_folder(folder, scene, extra={"applied_transform": applied.tolist()})
+    outputs = parse(folder, seed_points="sfm", initial=SeedPointsConfig(num_random_points=0, min_points=0))
+    xyz = outputs.metadata["points3D_xyz"].double().numpy() / outputs.dataparser_scale
+    from_original = outputs.dataparser_transform.double().numpy()
+    original = (xyz - from_original[:, 3]) @ from_original[:, :3]
+    of_the_poses = original @ applied[:, :3].T + applied[:, 3]
+    assert len(of_the_poses) > 50
+    assert float(scene.distance_to_surface(of_the_poses).max()) < 1e-3
 
 
 # ------------------------------------------------------------------------------------------------ bad input
