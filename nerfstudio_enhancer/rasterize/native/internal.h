@@ -24,8 +24,8 @@ struct Buffer {
 
 // What the forward pass of the rasteriser leaves behind for the backward pass.
 struct Frame {
-  Buffer order;      // uint32 [visible]: index in [C * N], by camera, near to far
-  Buffer rank;       // int32 [C * N]: position in `order` or -1
+  Buffer order;      // uint32 [visible]: index in [C * N]
+  Buffer rank;       // int32 [C * N]: position in `order` or -1 if not drawn
   Buffer records;    // float [visible, record_stride]
   Buffer slot_base;  // uint32 [visible + 1]: first gradient slot of each visible Gaussian
   Buffer tile_base;  // uint32 [C * tiles + 1]

@@ -498,7 +498,7 @@ int project_backward(const NseProjectArgs* args) {
 
 // --------------------------------------------------------------------------------------------------- binning
 
-// A record is what the raster stage needs of one visible Gaussian, in depth order:
+// A record is what the raster stage needs of one visible Gaussian:
 // [x, y, b/a, a', d', log2(opacity), reach, opacity, features...] with the quadratic form as a sum of two squares,
 // sigma * log2(e) = a' (dx + b/a dy)^2 + d' dy^2, so that rounding cannot make it negative.
 // alpha >= 1/255 means that this form is at most `reach`.
@@ -583,116 +583,121 @@ DepthKey* radix_sort(DepthKey* from, DepthKey* to, int64_t n) {
   type* name = static_cast<type*>(nse_reserve(&(buffer), sizeof(type) * (size_t)((count) + 16))); \
   if (!name) return NSE_OUT_OF_MEMORY
 
-// Fills the frame up to isect_mask.
+// Fills the frame up to isect_mask. "Visible" indices count the drawn Gaussians in the order of the input.
 int bin(const NseRasterArgs& a, Frame& f) {
   const int64_t n = a.gaussians, tiles_x = f.tiles_x, tiles_y = f.tiles_y, tiles = tiles_x * tiles_y;
+  const int64_t all_tiles = a.cameras * tiles;
   const int channels = a.channels;
   f.record_stride = (kRecordHeader + channels + 15) / 16 * 16;
   const int64_t stride = f.record_stride;
   RESERVE(int32_t, rank, f.rank, a.cameras * n);
-  RESERVE(uint32_t, tile_base, f.tile_base, a.cameras * tiles + 1);
-  RESERVE(DepthKey, keys, f.scratch[0], n);
-  RESERVE(DepthKey, keys_other, f.scratch[1], n);
+  RESERVE(uint32_t, tile_base, f.tile_base, all_tiles + 1);
 
-  // visible Gaussians, camera by camera, near to far
   int64_t visible = 0;
-  for (int64_t i = 0; i < a.cameras * n; ++i) visible += a.radii[i] > 0;
+  for (int64_t i = 0; i < a.cameras * n; ++i) {
+    const bool drawn = a.radii[i] > 0;
+    rank[i] = drawn ? (int32_t)visible : -1;
+    visible += drawn;
+  }
   f.visible = visible;
   RESERVE(uint32_t, order, f.order, visible);
   RESERVE(uint32_t, slot_base, f.slot_base, visible + 1);
   RESERVE(float, records, f.records, visible * stride);
   RESERVE(TileRect, rects, f.scratch[2], visible);
   RESERVE(uint32_t, candidate_base, f.scratch[3], visible + 1);
-  int64_t done = 0;
-  for (int64_t c = 0; c < a.cameras; ++c) {
-    int64_t m = 0;
-    for (int64_t i = c * n; i < (c + 1) * n; ++i) {
-      rank[i] = -1;
-      if (a.radii[i] > 0) {
-        memcpy(&keys[m].key, &a.depths[i], 4);
-        keys[m++].index = (uint32_t)i;
-      }
-    }
-    const DepthKey* sorted = radix_sort(keys, keys_other, m);
-    for (int64_t i = 0; i < m; ++i) {
-      order[done + i] = sorted[i].index;
-      rank[sorted[i].index] = (int32_t)(done + i);
-    }
-    done += m;
-  }
+  RESERVE(DepthKey, keys, f.scratch[0], visible);
+  RESERVE(DepthKey, keys_other, f.scratch[1], visible);
+  for (int64_t i = 0, v = 0; i < a.cameras * n; ++i)
+    if (rank[i] >= 0) order[v++] = (uint32_t)i;
 
   // records and candidate tiles
   const int64_t chunks = max64(1, min64(ceil_div(visible, 256), 4 * (int64_t)a.threads));
   const int64_t chunk_size = max64(1, ceil_div(visible, chunks));
   auto build = [&](int64_t chunk) {
     const int64_t end = min64(visible, (chunk + 1) * chunk_size);
-    for (int64_t i = chunk * chunk_size; i < end; ++i) {
-      const int64_t g = order[i];
-      float* record = records + i * stride;
+    for (int64_t v = chunk * chunk_size; v < end; ++v) {
+      const int64_t g = order[v];
+      memcpy(&keys[v].key, &a.depths[g], 4);
+      keys[v].index = (uint32_t)v;
+      float* record = records + v * stride;
       const double ca = a.conics[3 * g], cb = a.conics[3 * g + 1], cc = a.conics[3 * g + 2];
-      const double schur = cc - cb * cb / ca;
+      const double slope = cb / ca, schur = cc - cb * slope;
       const float opacity = a.opacities[g];
       record[0] = a.means2d[2 * g], record[1] = a.means2d[2 * g + 1];
-      record[2] = (float)(cb / ca);
+      record[2] = (float)slope;
       record[3] = (float)(0.5 * kLog2e * ca);
       record[4] = (float)(0.5 * kLog2e * schur);
       record[5] = opacity > 0.0f ? log2f(opacity) : -1e30f;
       record[6] = record[5] + 7.994353436858858f;  // log2(255)
-      if (!(ca > 0.0 && schur > 0.0 && record[3] > 0.0f && record[4] > 0.0f)) record[6] = -1.0f;  // not an ellipse
+      if (!(record[3] > 0.0f && record[4] > 0.0f)) record[6] = -1.0f;  // not an ellipse
       record[7] = opacity;
       const float* feature = a.features + g * channels;
       for (int k = 0; k < channels; ++k) record[kRecordHeader + k] = feature[k];
       for (int64_t k = kRecordHeader + channels; k < stride; ++k) record[k] = 0.0f;
-      rects[i] = tile_rect(record, (float)a.radii[g], (int)tiles_x, (int)tiles_y);
-      candidate_base[i + 1] = (uint32_t)(rects[i].x1 - rects[i].x0) * (uint32_t)(rects[i].y1 - rects[i].y0);
+      rects[v] = tile_rect(record, (float)a.radii[g], (int)tiles_x, (int)tiles_y);
+      candidate_base[v + 1] = (uint32_t)(rects[v].x1 - rects[v].x0) * (uint32_t)(rects[v].y1 - rects[v].y0);
     }
   };
   parallel(a.threads, chunks, build);
   candidate_base[0] = 0;
   uint64_t candidates = 0;
-  for (int64_t i = 0; i < visible; ++i) {
-    candidates += candidate_base[i + 1];
+  for (int64_t v = 0; v < visible; ++v) {
+    candidates += candidate_base[v + 1];
     if (candidates > 0x7fffffffu) return NSE_TOO_MANY_INTERSECTIONS;
-    candidate_base[i + 1] = (uint32_t)candidates;
+    candidate_base[v + 1] = (uint32_t)candidates;
   }
 
-  // block masks of the candidates, and how many intersections each chunk puts into each tile
-  const int64_t all_tiles = a.cameras * tiles;
+  // block masks of the candidates
   RESERVE(uint16_t, masks, f.scratch[4], candidates);
-  RESERVE(uint32_t, histogram, f.scratch[5], chunks * all_tiles);
   auto cover = [&](int64_t chunk) {
-    uint32_t* count = histogram + chunk * all_tiles;
-    memset(count, 0, sizeof(uint32_t) * all_tiles);
     const int64_t end = min64(visible, (chunk + 1) * chunk_size);
-    for (int64_t i = chunk * chunk_size; i < end; ++i) {
-      const TileRect rect = rects[i];
-      uint16_t* mask = masks + candidate_base[i];
-      const float* record = records + i * stride;
-      uint32_t* camera_count = count + order[i] / n * tiles;
+    for (int64_t v = chunk * chunk_size; v < end; ++v) {
+      const TileRect rect = rects[v];
+      uint16_t* mask = masks + candidate_base[v];
+      const float* record = records + v * stride;
       uint32_t used = 0;
       for (int ty = rect.y0; ty < rect.y1; ++ty)
         for (int tx = rect.x0; tx < rect.x1; ++tx) {
           const uint32_t bits = block_mask(record, (float)(tx * kTile), (float)(ty * kTile));
           *mask++ = (uint16_t)bits;
-          if (bits) ++used, ++camera_count[ty * tiles_x + tx];
+          used += bits != 0;
         }
-      slot_base[i + 1] = used;
+      slot_base[v + 1] = used;
     }
   };
   parallel(a.threads, chunks, cover);
   slot_base[0] = 0;
-  for (int64_t i = 0; i < visible; ++i) slot_base[i + 1] += slot_base[i];
-  uint32_t total = 0;
+  for (int64_t v = 0; v < visible; ++v) slot_base[v + 1] += slot_base[v];
+  const uint32_t total = slot_base[visible];
+  f.intersections = total;
+
+  // Near to far, camera by camera; then every chunk of that order appends to the lists of the tiles.
+  const DepthKey* sorted = radix_sort(keys, keys_other, visible);
+  RESERVE(uint32_t, histogram, f.scratch[5], chunks * all_tiles);
+  auto count = [&](int64_t chunk) {
+    uint32_t* here = histogram + chunk * all_tiles;
+    memset(here, 0, sizeof(uint32_t) * all_tiles);
+    const int64_t end = min64(visible, (chunk + 1) * chunk_size);
+    for (int64_t i = chunk * chunk_size; i < end; ++i) {
+      const uint32_t v = sorted[i].index;
+      const TileRect rect = rects[v];
+      const uint16_t* mask = masks + candidate_base[v];
+      uint32_t* camera_here = here + order[v] / n * tiles;
+      for (int ty = rect.y0; ty < rect.y1; ++ty)
+        for (int tx = rect.x0; tx < rect.x1; ++tx) camera_here[ty * tiles_x + tx] += *mask++ != 0;
+    }
+  };
+  parallel(a.threads, chunks, count);
+  uint32_t sum = 0;
   for (int64_t t = 0; t < all_tiles; ++t) {
-    tile_base[t] = total;
+    tile_base[t] = sum;
     for (int64_t chunk = 0; chunk < chunks; ++chunk) {
       const uint32_t here = histogram[chunk * all_tiles + t];
-      histogram[chunk * all_tiles + t] = total;
-      total += here;
+      histogram[chunk * all_tiles + t] = sum;
+      sum += here;
     }
   }
-  tile_base[all_tiles] = total;
-  f.intersections = total;
+  tile_base[all_tiles] = sum;
 
   RESERVE(uint32_t, isect_rank, f.isect_rank, total);
   RESERVE(uint32_t, isect_slot, f.isect_slot, total);
@@ -703,15 +708,16 @@ int bin(const NseRasterArgs& a, Frame& f) {
     uint32_t* next = histogram + chunk * all_tiles;
     const int64_t end = min64(visible, (chunk + 1) * chunk_size);
     for (int64_t i = chunk * chunk_size; i < end; ++i) {
-      const TileRect rect = rects[i];
-      const uint16_t* mask = masks + candidate_base[i];
-      uint32_t* camera_next = next + order[i] / n * tiles;
-      uint32_t slot = slot_base[i];
+      const uint32_t v = sorted[i].index;
+      const TileRect rect = rects[v];
+      const uint16_t* mask = masks + candidate_base[v];
+      uint32_t* camera_next = next + order[v] / n * tiles;
+      uint32_t slot = slot_base[v];
       for (int ty = rect.y0; ty < rect.y1; ++ty)
         for (int tx = rect.x0; tx < rect.x1; ++tx, ++mask)
           if (*mask) {
             const uint32_t at = camera_next[ty * tiles_x + tx]++;
-            isect_rank[at] = (uint32_t)i;
+            isect_rank[at] = v;
             isect_slot[at] = slot++;
             isect_mask[at] = *mask;
           }
@@ -723,6 +729,7 @@ int bin(const NseRasterArgs& a, Frame& f) {
 
 // ---------------------------------------------------------------------------------------------------- raster
 
+// Pixel centres of the lanes of a block.
 alignas(64) const float kLaneX[16] = {0.5f, 1.5f, 2.5f, 3.5f, 0.5f, 1.5f, 2.5f, 3.5f, 0.5f, 1.5f, 2.5f, 3.5f, 0.5f, 1.5f, 2.5f, 3.5f};
 alignas(64) const float kLaneY[16] = {0.5f, 0.5f, 0.5f, 0.5f, 1.5f, 1.5f, 1.5f, 1.5f, 2.5f, 2.5f, 2.5f, 2.5f, 3.5f, 3.5f, 3.5f, 3.5f};
 
@@ -753,6 +760,19 @@ NSE_INLINE void for_each_pixel(const NseRasterArgs& a, const Tile& t, F body) {
   for (int64_t y = 0; y < t.height; ++y)
     for (int64_t x = 0; x < t.width; ++x)
       body((int)((y / kBlock * 4 + x / kBlock) * 16 + y % kBlock * 4 + x % kBlock), (t.y + y) * a.width + t.x + x);
+}
+
+// Pixel centres of a tile: x by block column and lane, y by block row and lane.
+struct PixelCentres {
+  alignas(64) float x[4 * 16], y[4 * 16];
+};
+
+NSE_INLINE void fill_centres(const Tile& t, PixelCentres& centres) {
+  for (int i = 0; i < 4; ++i)
+    for (int l = 0; l < 16; ++l) {
+      centres.x[16 * i + l] = (float)(t.x + kBlock * i) + kLaneX[l];
+      centres.y[16 * i + l] = (float)(t.y + kBlock * i) + kLaneY[l];
+    }
 }
 
 struct Splat {
@@ -795,12 +815,15 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
     alive |= 1u << (lane >> 4);
   });
 
+  PixelCentres centres;
+  fill_centres(t, centres);
   int64_t start = t.begin;
   for (; start < t.end && alive; start += kChunk) {
     const int size = (int)min64(kChunk, t.end - start);
     uint16_t list[16][kChunk], contributes[kChunk];
     int length[16] = {0};
     for (int j = 0; j < size; ++j) {
+      __builtin_prefetch(records + isect_rank[start + j] * stride);
       contributes[j] = 0;
       for (uint32_t bits = isect_mask[start + j] & alive; bits; bits &= bits - 1) {
         const int b = __builtin_ctz(bits);
@@ -814,8 +837,7 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
       bool block_open = false;
       for (int part = 0; part < kParts; ++part) {
         const int lane = b * 16 + part * VW;
-        const vf pixel_x = vload(kLaneX + part * VW) + vset((float)(t.x + b % 4 * kBlock));
-        const vf pixel_y = vload(kLaneY + part * VW) + vset((float)(t.y + b / 4 * kBlock));
+        const vf pixel_x = vload(centres.x + b % 4 * 16 + part * VW), pixel_y = vload(centres.y + b / 4 * 16 + part * VW);
         vf open_t = vload(open + lane), closed_t = vload(closed + lane);
         vi last_j = viload(last + lane);
         float* block_color = color + b * 16 * channels + part * VW;
@@ -831,19 +853,17 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
             const Splat s = splat_at(record, pixel_x, pixel_y);
             const vf next = vfnma(s.alpha, open_t, open_t);
             const vm remains = vgt(next, vset(kTransmittanceStop)), lit = vand(s.hit, remains);
-            if (vany(lit)) {
-              const vf weight = vzero(lit, s.alpha * open_t);
-              if (CH) {
+            const vf weight = vzero(lit, s.alpha * open_t);
+            if (CH) {
 #pragma GCC unroll 8
-                for (int k = 0; k < CH; ++k) sum[k] = vfma(vset(record[kRecordHeader + k]), weight, sum[k]);
-              } else {
-                for (int k = 0; k < channels; ++k)
-                  vstore(block_color + 16 * k, vfma(vset(record[kRecordHeader + k]), weight, vload(block_color + 16 * k)));
-              }
-              closed_t = vsel(lit, next, closed_t);
-              last_j = visel(lit, viset(first + j), last_j);
-              contributes[j] |= (uint16_t)(1u << b);
+              for (int k = 0; k < CH; ++k) sum[k] = vfma(vset(record[kRecordHeader + k]), weight, sum[k]);
+            } else {
+              for (int k = 0; k < channels; ++k)
+                vstore(block_color + 16 * k, vfma(vset(record[kRecordHeader + k]), weight, vload(block_color + 16 * k)));
             }
+            closed_t = vsel(lit, next, closed_t);
+            last_j = visel(lit, viset(first + j), last_j);
+            contributes[j] |= (uint16_t)(vany(lit) << b);
             open_t = vsel(s.hit, vzero(remains, next), open_t);
             if (vany(vandnot(s.hit, remains)) && !vany(vgt(open_t, vset(0.0f)))) break;
           }
@@ -926,7 +946,13 @@ void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state,
   });
 
   constexpr int kGradients = CH ? (CH + kSlotGeometry + 15) / 16 * 16 : 16;
+  PixelCentres centres;
+  fill_centres(t, centres);
   for (int64_t j = furthest; j >= 0; --j) {
+    if (j >= 8) {
+      __builtin_prefetch(records + isect_rank[t.begin + j - 8] * stride);
+      __builtin_prefetch(slots + isect_slot[t.begin + j - 8] * slot_stride, 1);
+    }
     uint32_t bits = isect_mask[t.begin + j];
     if (!bits) continue;
     const float* record = records + isect_rank[t.begin + j] * stride;
@@ -942,8 +968,7 @@ void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state,
       const int b = __builtin_ctz(bits);
       for (int part = 0; part < kParts; ++part) {
         const int lane = b * 16 + part * VW;
-        const vf pixel_x = vload(kLaneX + part * VW) + vset((float)(t.x + b % 4 * kBlock));
-        const vf pixel_y = vload(kLaneY + part * VW) + vset((float)(t.y + b / 4 * kBlock));
+        const vf pixel_x = vload(centres.x + b % 4 * 16 + part * VW), pixel_y = vload(centres.y + b / 4 * 16 + part * VW);
         const Splat s = splat_at(record, pixel_x, pixel_y);
         const vm lit = vand(s.hit, vige(viload(last + lane), position));
         if (kParts > 1 && !vany(lit)) continue;
