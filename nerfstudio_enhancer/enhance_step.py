@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +60,7 @@ class EnhanceConfig:
     """Write the frames and a contact sheet of each round as PNG under the run's folder."""
 
 
+@runtime_checkable
 class Prior(Protocol):
     """Whatever repairs a clip."""
 

@@ -21,7 +21,12 @@ from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threa
 
 TABLE_FILE = "table.md"
 SHEETS_FOLDER = "sheets"
-PRELOAD = ("nerfstudio_enhancer.evaluation.cell",)
+PRELOAD = (
+    "nerfstudio.configs.method_configs",
+    "torchmetrics",
+    "nerfstudio_enhancer.rounds",
+    "nerfstudio_enhancer.evaluation.cell",
+)
 
 Preset = Literal["quick", "default"]
 

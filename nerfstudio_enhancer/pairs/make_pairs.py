@@ -16,7 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
 
-PRELOAD = ("nerfstudio_enhancer.pairs.sparse_splats",)
+PRELOAD = (
+    "nerfstudio.configs.method_configs",
+    "torchmetrics",
+    "nerfstudio_enhancer.rounds",
+    "nerfstudio_enhancer.pairs.sparse_splats",
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class MakePairs:
     """Make paired data for training the prior.
 
     For every scene, number of reference views and seed, splats are trained on the reference views alone. After each
-    number of steps in `--steps` they are rendered at the scene's other cameras and stored beside the photographs taken
+    some numbers of steps they are rendered at the scene's other cameras and stored beside the photographs taken
     there. What exists already in the output folder is skipped, so that the command can be repeated to go on.
     """
 
@@ -36,8 +41,9 @@ class MakePairs:
     """Numbers of reference views. A scene of N images takes part in those that leave a frame between neighbours."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of the seed points and of the training."""
-    steps: tuple[int, ...] = (300, 700)
-    """Training steps after which a run is stored; one training serves all of them."""
+    steps: tuple[int, ...] = (300, 600, 1200)
+    """Training steps after which a run is stored. Each training ends at one of them, drawn by its seed, with the schedule
+    squeezed to fit, and stores a run at every one that it passes."""
     size: int = 320
     """Longest side of the stored pictures in pixels."""
     max_frames: int = 24
@@ -156,12 +162,13 @@ def _check(settings: MakePairs) -> None:
 
 def _training(settings: MakePairs, data: Path, num_views: int, seed: int) -> SplatTraining:
     draw = random.Random(_hash(data.name, num_views, seed))
+    steps = sorted(set(settings.steps))
     return SplatTraining(
         data=data,
         output=settings.output,
         num_views=num_views,
         seed=seed,
-        steps=tuple(sorted(set(settings.steps))),
+        steps=tuple(steps[: draw.randint(1, len(steps))]),
         size=settings.size,
         max_frames=settings.max_frames,
         additions=draw.random() >= settings.plain_share,

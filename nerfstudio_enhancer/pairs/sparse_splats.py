@@ -35,7 +35,7 @@ from nerfstudio_enhancer.evaluation.methods import (
 )
 from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
 from nerfstudio_enhancer.rendering import render_clip
-from nerfstudio_enhancer.scene.capture import natural_key
+from nerfstudio_enhancer.scene.capture import Frame, natural_key, read_capture
 
 ASPECT_TOLERANCE = 0.02
 """Largest relative difference of aspect ratio at which a picture is resized to the run's size instead of left out."""
@@ -111,13 +111,29 @@ def _trainer_config(training: SplatTraining) -> TrainerConfig:
     datamanager.data = training.data
     datamanager.max_image_size = training.size
     # Every view that is no reference is a test view, and all of them are for storing.
-    dataparser.num_views = training.num_views
+    dataparser.reference_views = tuple(reference_names(read_capture(training.data).frames, training.num_views))
     dataparser.test_every = 1
     dataparser.seed = training.seed
     datamanager._target = functools.partial(  # pyright: ignore[reportAttributeAccessIssue]
         PairsDataManager, max_frames=training.max_frames
     )
     return config
+
+
+def reference_names(frames: Sequence[Frame], num_views: int) -> list[str]:
+    """Names of the reference views, spread evenly over those photographs that have the shape which most of them have.
+
+    Raises:
+        ValueError: if fewer photographs than that share a shape.
+    """
+    sizes = [(frame.height, frame.width) for frame in frames]
+    common = max(sizes, key=lambda wanted: sum(fits(size, wanted) for size in sizes))
+    alike = [frame.name for frame, size in zip(frames, sizes) if fits(size, common)]
+    if len(alike) < num_views + 1:
+        raise ValueError(
+            f"pairs need photographs of one shape, of which there are {len(alike)}; {num_views} references are too many."
+        )
+    return [alike[i] for i in np.linspace(0, len(alike) - 1, num_views).round().astype(int)]
 
 
 def _train(trainer: Trainer, begin: int, end: int) -> None:

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,14 @@ def test_shares_of_plain_trainings_and_random_points_are_drawn_by_seed(scenes):
     assert 0.07 < random / 300 < 0.23
 
 
+def test_a_training_stores_a_run_at_every_number_of_steps_up_to_the_one_drawn(scenes):
+    plan = plan_trainings(MakePairs(Path("out"), scenes, views=(3,), seeds=tuple(range(30)), steps=(600, 300, 1200)))
+    assert {training.steps for training in plan} == {(300,), (300, 600), (300, 600, 1200)}
+
+
 def test_only_missing_runs_are_made(scenes, tmp_path):
-    (training,) = plan_trainings(MakePairs(tmp_path / "out", scenes[:1], views=(3,), steps=(700, 300)))
+    (training,) = plan_trainings(MakePairs(tmp_path / "out", scenes[:1], views=(3,)))
+    training = replace(training, steps=(300, 700))
     assert missing_steps(training) == [300, 700]
     done = tmp_path / "out/garden/k03_s0_n300"
     done.mkdir(parents=True)

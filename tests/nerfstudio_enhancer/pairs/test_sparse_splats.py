@@ -1,11 +1,13 @@
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 
-from nerfstudio_enhancer.pairs.sparse_splats import fits, last_reference_before, thinned
+from nerfstudio_enhancer.pairs.sparse_splats import fits, last_reference_before, reference_names, thinned
+from nerfstudio_enhancer.scene.capture import Frame
 
 
 def test_a_view_lies_between_the_references_around_it_in_capture_order():
@@ -20,6 +22,19 @@ def test_views_outside_the_references_count_to_the_nearest_pair():
     references = [Path("b.png"), Path("d.png"), Path("f.png")]
     assert last_reference_before(Path("a.png"), references) == 0
     assert last_reference_before(Path("g.png"), references) == 1
+
+
+def frame(number, width, height):
+    return Frame(Path(f"{number}.png"), f"{number}.png", np.eye(4), width, height, 10.0, 10.0, 4.0, 3.0, ())
+
+
+def test_references_are_spread_over_the_photographs_of_the_commonest_shape():
+    turned = {0, 3}
+    frames = [frame(i, 6, 8) if i in turned else frame(i, 8, 6) for i in range(8)]
+    # alike: 1 2 4 5 6 7; at 0, 2.5 -> 2 (halves to even) and 5 of these
+    assert reference_names(frames, 3) == ["1.png", "4.png", "7.png"]
+    with pytest.raises(ValueError, match="of which there are 6; 6 references are too many"):
+        reference_names(frames, 6)
 
 
 def test_a_picture_of_nearly_the_same_shape_is_resized_and_another_left_out():
