@@ -60,6 +60,9 @@ class PriorConfig:
     """Micro-condition: SVD's amount of motion."""
     noise_augmentation: float = 0.02
     """Standard deviation of the noise added to the condition frames (in [-1, 1]) before they are encoded."""
+    norm_groups: int = 32
+    """Groups of every group norm; 32 is what diffusers builds. Narrow networks need fewer: a group of one channel loses
+    that channel's mean over the picture, and with it the picture's brightness."""
     colour_correction: bool = True
     """Match every frame's mean and standard deviation to those of the first reference, as the paper does."""
 
@@ -112,6 +115,7 @@ class VideoPrior:
         self.scheduler_config = dict(scheduler_config or {})
         for module in (vae, unet, std):
             speed_up(module)
+            set_norm_groups(module, config.norm_groups)
         _check_parts_fit(self)
 
     @property
@@ -355,6 +359,7 @@ COMPACT_CONFIG = PriorConfig(
     sigma_max=80.0,
     max_guidance=1.0,
     noise_augmentation=0.0,
+    norm_groups=4,
 )
 
 
@@ -403,6 +408,22 @@ def build_compact_prior(
         start_temporal_layers_as_identity(unet_module)
         std_module = SpatialTemporalDecoder.from_vae(vae_module, config.patch_size, condition_widths or tuple(widths))
     return VideoPrior(vae_module, unet_module, encoder_module, std_module, config).to().eval()
+
+
+def set_norm_groups(module: nn.Module, groups: int) -> None:
+    """Set, in place, how many groups the channels of every group norm fall into.
+
+    Raises:
+        ValueError: where a norm's channels do not divide by the number of groups.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, nn.GroupNorm):
+            if groups < 1 or part.num_channels % groups:
+                raise ValueError(
+                    f"`norm_groups` must divide the channels of every group norm: {name} has {part.num_channels}, "
+                    f"got {groups}."
+                )
+            part.num_groups = groups
 
 
 def start_temporal_layers_as_identity(module: nn.Module) -> None:
