@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 
 from diffusion_prior.checkpoints import load_prior, save_prior
 from diffusion_prior.data.clips import ClipBatch, Gap, find_gaps, split_scenes, validation_clips
@@ -53,6 +53,16 @@ def write_prior(prior: VideoPrior, config: TrainingConfig, accelerator: Accelera
     if accelerator.is_main_process:
         save_prior(prior, config.output / PRIOR_NAME, torch.float16)
     accelerator.wait_for_everyone()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes."""
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+
+def wait_for_everyone() -> None:
+    """Wait until all processes are here."""
+    PartialState().wait_for_everyone()
 
 
 def log_to_console() -> None:

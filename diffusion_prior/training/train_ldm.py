@@ -6,7 +6,7 @@ phase trains at that level alone, which is quick; lognormal levels follow, with 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -54,6 +54,8 @@ class LdmConfig(TrainingConfig):
     """Mean of the natural logarithm of the other noise levels (SVD's)."""
     log_sigma_std: float = 1.6
     """Standard deviation of the natural logarithm of the other noise levels (SVD's)."""
+    sampling_steps: int | None = None
+    """Sampling steps that are recorded in the prior; None keeps those of the prior it starts from."""
     condition_dropout: float = 0.1
     """Share of the clips whose frames between the references lose their condition."""
 
@@ -162,6 +164,8 @@ def run(config: LdmConfig) -> None:
     """Train UNet and image encoder and write the prior."""
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
+    if config.sampling_steps is not None:
+        prior.config = replace(prior.config, num_inference_steps=config.sampling_steps)
     config = cut_to_latents(config, prior)
     task = LdmTask(config, prior)
     train(task, config, accelerator)

@@ -38,6 +38,8 @@ from diffusion_prior.training.train_vae import decode_stock
 from diffusion_prior.training.validation import condition_clip, judge
 
 VALIDATION_FRAMES = 8
+INITIAL_BLEND = 0.8
+"""Share of the render in the output of a decoder at the start of its training."""
 
 
 @dataclass
@@ -174,11 +176,19 @@ class StdTask(Task):
         return match_first_reference(self._enhance(clip, number), to_float(clip.rgb[0, 0]))
 
 
+def start_from_the_render(prior: VideoPrior) -> None:
+    """Let an untrained decoder begin near the render: from the stock decoder it would spend its first steps on the way there."""
+    bias = prior.std.blend.bias
+    if bias is not None and not bias.any():
+        torch.nn.init.constant_(bias, INITIAL_BLEND)
+
+
 def run(config: StdConfig) -> None:
     """Train the spatial-temporal decoder and write the prior."""
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
     config = cut_to_latents(config, prior)
+    start_from_the_render(prior)
     task = StdTask(config, prior)
     train(task, config, accelerator)
     write_prior(task.finish(), config, accelerator)
