@@ -459,7 +459,7 @@ def triangulate(views: Sequence[ReferenceView], tracks: Tracks, config: Triangul
         kept &= ~dropped
     good = _well_placed(xyz, error, tracks, views, kept, config)
     count = np.bincount(tracks.point, weights=kept, minlength=tracks.num_points)
-    good[good] = (count[good] > 2) | _agrees_with_neighbours(xyz[good], views, config)
+    good &= (count > 2) | _agrees_with_neighbours(xyz, tracks, kept & good[tracks.point], views, config)
     rgb = _mean_colours(views, tracks, kept)
     return SeedPoints(
         xyz=torch.from_numpy(xyz[good].astype(np.float32)),
@@ -556,25 +556,29 @@ def _well_placed(
 
 
 def _agrees_with_neighbours(
-    xyz: Float[np.ndarray, "n 3"], views: Sequence[ReferenceView], config: TriangulationConfig
+    xyz: Float[np.ndarray, "n 3"],
+    tracks: Tracks,
+    kept: Bool[np.ndarray, " m"],
+    views: Sequence[ReferenceView],
+    config: TriangulationConfig,
 ) -> Bool[np.ndarray, " n"]:
-    """Points that, in half of the views or more that see them, have enough neighbours at about their depth."""
+    """Points that, in half of their observations or more, have enough neighbours in the picture at about their depth."""
     from scipy.spatial import KDTree
 
     if config.agreeing_neighbours == 0:
         return np.ones(len(xyz), dtype=bool)
-    seen, agreed = np.zeros(len(xyz)), np.zeros(len(xyz))
-    for view in views:
-        index = np.flatnonzero(view.sees(xyz))
+    observed = np.bincount(tracks.point[kept], minlength=len(xyz))
+    agreed = np.zeros(len(xyz))
+    for number, view in enumerate(views):
+        index = tracks.point[kept & (tracks.view == number)]
         if len(index) <= NUM_NEIGHBOURS:
             continue
         in_camera = xyz[index] @ view.world_to_camera[:3, :3].T + view.world_to_camera[:3, 3]
         in_picture, log_depth = in_camera[:, :2] / in_camera[:, 2:], np.log(in_camera[:, 2])
         _, neighbour = KDTree(in_picture).query(in_picture, NUM_NEIGHBOURS + 1)
         near = np.abs(log_depth[np.asarray(neighbour)[:, 1:]] - log_depth[:, None]) <= config.neighbour_depth
-        seen[index] += 1
         agreed[index] += near.sum(axis=1) >= config.agreeing_neighbours
-    return agreed >= 0.5 * seen
+    return agreed >= 0.5 * observed
 
 
 def _widest_angle_deg(rays: np.ndarray, tracks: Tracks, kept: np.ndarray) -> Float[np.ndarray, " n"]:
