@@ -143,7 +143,13 @@ class EnhancerModel(SplatfactoModel):
                 "The checkpoint holds no Gaussian splats (no `gauss_params.means`): it belongs to another method. "
                 "Give `--load-dir` the nerfstudio_models folder of a 3dgs-enhancer or splatfacto run."
             )
+        optimised = [*self.gauss_params.items()]
         super().load_state_dict(state, **kwargs)
+        # Splatfacto puts new parameters in the place of those that the optimizers hold, so that a resumed run would
+        # stand still until its next densification.
+        for name, parameter in optimised:
+            parameter.data, parameter.grad = self.gauss_params[name].data, None
+            self.gauss_params[name] = parameter
 
     def get_training_callbacks(
         self, training_callback_attributes: TrainingCallbackAttributes
