@@ -39,7 +39,7 @@ class Scale:
     max_image_size: int | None
 
 
-PRESETS: dict[Preset, Scale] = {"quick": Scale(steps=1500, max_image_size=320), "default": Scale(None, None)}
+PRESETS: dict[Preset, Scale] = {"quick": Scale(steps=1200, max_image_size=320), "default": Scale(None, None)}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Benchmark:
     seeds: tuple[int, ...] = (0,)
     """Seeds of training and seed points."""
     preset: Preset = "default"
-    """Either quick (1,500 steps at 320 px: about a minute a cell on two cores) or default (the method's own schedule)."""
+    """Either quick (1,200 steps at 320 px: about a minute a cell on two cores) or default (the method's own schedule)."""
     steps: int | None = None
     """Training steps instead of the preset's; the schedule is squeezed to fit."""
     max_image_size: int | None = None

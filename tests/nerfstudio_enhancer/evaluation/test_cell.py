@@ -17,13 +17,13 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def settings(tmp_path) -> CellSettings:
-    return CellSettings(tmp_path / "out", Scale(steps=STEPS, max_image_size=32), "none")
+    return CellSettings(tmp_path / "out", Scale(steps=STEPS, max_image_size=48), "none")
 
 
 @pytest.fixture
 def cell(nerfstudio_folder):
     """A cell of the tiny scene by method."""
-    data = nerfstudio_folder(num_images=12, width=32, height=24)
+    data = nerfstudio_folder(num_images=12, width=64, height=48)
     return lambda method: Cell(data, 3, 0, method)
 
 
