@@ -21,8 +21,8 @@ class BenchRasterizer:
     Times forward and backward passes over synthetic Gaussians at several sizes and prints a table.
     """
 
-    output: Path | None = None
-    """JSON file for the figures; nothing is written without it."""
+    output: Path
+    """JSON file for the figures."""
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ class EnhancerDataManagerConfig(FullImageDatamanagerConfig):
 class EnhancerDataManager(FullImageDatamanager[InputDataset]):
     """Full-image data manager whose draws depend on seed and step alone, so that a resumed run draws the same batches."""
 
-    config: EnhancerDataManagerConfig
+    config: EnhancerDataManagerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # as nerfstudio's own do
 
     def __init__(self, *args, **kwargs) -> None:
         self.enhanced_views: EnhancedViewStore | None = None

@@ -1,7 +1,8 @@
 """Splatfacto with rounds of enhancement. With the prior `none` and every addition off it is plain splatfacto."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import numpy as np
 import torch
@@ -27,10 +28,15 @@ from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.viewer import EnhancerControls
 
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.datamanager import EnhancerDataManager
+
+_numpy_scalar = cast(Callable, np.float64(0).__reduce__()[0])
+
 # nerfstudio's schedulers put numpy scalars into its checkpoints, and its commands call torch.load with weights_only on.
 # Exactly the types that such a scalar needs are allowed, wherever our classes are imported.
 torch.serialization.add_safe_globals(
-    [np.dtype, np.dtypes.Float64DType, (np.core.multiarray.scalar, "numpy.core.multiarray.scalar")]
+    [np.dtype, np.dtypes.Float64DType, (_numpy_scalar, "numpy.core.multiarray.scalar")]
 )
 
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
@@ -55,7 +61,9 @@ class EnhancerModelConfig(SplatfactoModelConfig):
 class EnhancerModel(SplatfactoModel):
     """Gaussian splats trained on reference photographs and enhanced views."""
 
-    config: EnhancerModelConfig
+    config: EnhancerModelConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # as nerfstudio's models do
+    reference_mean: Tensor
+    """Mean colour of the reference photographs, sRGB in [0, 1]; NaN until a training has read them. [3]"""
     seed = 0
 
     def populate_modules(self) -> None:
@@ -80,18 +88,19 @@ class EnhancerModel(SplatfactoModel):
 
     def _initial_splats(self) -> dict[str, torch.nn.Parameter]:
         config = self.config
-        seeded = self.seed_points is not None and not config.random_init
-        means = (
-            self.seed_points[0].float() if seeded else (torch.rand(config.num_random, 3) - 0.5) * config.random_scale
-        )
+        seeds = None if config.random_init else self.seed_points
+        if seeds is None:
+            means = (torch.rand(config.num_random, 3) - 0.5) * config.random_scale
+        else:
+            means = seeds[0].float()
         count, num_sh = means.shape[0], num_sh_bases(config.sh_degree)
         if count < 4:
             raise ValueError(f"Splats need at least 4 seed points, got {count}. Use `--seed-points random`.")
         distances, _ = self.k_nearest_sklearn(means, 3)
         mean_distance = torch.from_numpy(distances).mean(dim=-1, keepdim=True).clamp(min=1e-7)
         rest = torch.zeros(count, num_sh - 1, 3)
-        if seeded and self.seed_points[1].shape[0] > 0:
-            rgb = self.seed_points[1].float() / 255
+        if seeds is not None and seeds[1].shape[0] > 0:
+            rgb = seeds[1].float() / 255
             dc = RGB2SH(rgb) if config.sh_degree > 0 else torch.logit(rgb, eps=1e-10)
         else:
             dc = torch.rand(count, 3)
@@ -161,7 +170,7 @@ class EnhancerModel(SplatfactoModel):
             return callbacks
         from nerfstudio_enhancer.rounds import Rounds
 
-        rounds = Rounds(self, pipeline.datamanager, trainer)
+        rounds = Rounds(self, cast("EnhancerDataManager", pipeline.datamanager), trainer)
         before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
         return [TrainingCallback([before], rounds.run_if_due), *callbacks]
 
@@ -191,7 +200,7 @@ class EnhancerModel(SplatfactoModel):
             empty = self.get_empty_outputs(
                 int(camera.width.item()), int(camera.height.item()), self.background_color.to(self.device)
             )
-            return {**empty, **_empty_scale_maps(empty["accumulation"])}
+            return {**empty, **_empty_scale_maps(cast(Tensor, empty["accumulation"]))}
         params = {name: value if chosen is None else value[chosen] for name, value in self.gauss_params.items()}
         viewmat, intrinsics, (height, width) = self._view(camera)
         self.last_size = (height, width)

@@ -104,7 +104,9 @@ def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
     DatasetRender(
         load_config=run / "config.yml", output_path=tmp_path / "renders", rendered_output_names=["rgb", "confidence"]
     ).main()
-    assert len(list((tmp_path / "renders").rglob("rgb/*"))) == len(list((tmp_path / "renders").rglob("confidence/*"))) > 0
+    assert (
+        len(list((tmp_path / "renders").rglob("rgb/*"))) == len(list((tmp_path / "renders").rglob("confidence/*"))) > 0
+    )
 
     RenderInterpolated(
         load_config=run / "config.yml",

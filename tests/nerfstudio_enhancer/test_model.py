@@ -17,17 +17,24 @@ from nerfstudio_enhancer.rasterize import rasterization
 
 STEPS = 12
 SIZE = 32
-SETTINGS = dict(
-    warmup_length=2,
-    refine_every=4,
-    num_downscales=1,
-    resolution_schedule=6,
-    sh_degree=1,
-    sh_degree_interval=3,
-    background_color="black",
-    densify_grad_thresh=1e-5,
-)
-RATES = dict(means=1.6e-4, scales=0.005, quats=0.001, features_dc=0.0025, features_rest=1e-4, opacities=0.05)
+SETTINGS = {
+    "warmup_length": 2,
+    "refine_every": 4,
+    "num_downscales": 1,
+    "resolution_schedule": 6,
+    "sh_degree": 1,
+    "sh_degree_interval": 3,
+    "background_color": "black",
+    "densify_grad_thresh": 1e-5,
+}
+RATES = {
+    "means": 1.6e-4,
+    "scales": 0.005,
+    "quats": 0.001,
+    "features_dc": 0.0025,
+    "features_rest": 1e-4,
+    "opacities": 0.05,
+}
 
 
 class NoMetric:
@@ -77,7 +84,8 @@ def train(model: SplatfactoModel, steps: int = STEPS) -> SplatfactoModel:
     # large eps: with splatfacto's 1e-15 the first steps have the size of the rate whatever the gradient, so that the last
     # bits in which the two D-SSIM differ would decide their signs.
     optimizers = Optimizers(
-        {name: {"optimizer": AdamOptimizerConfig(lr=RATES[name], eps=1e-4), "scheduler": None} for name in groups}, groups
+        {name: {"optimizer": AdamOptimizerConfig(lr=RATES[name], eps=1e-4), "scheduler": None} for name in groups},
+        groups,
     )
     torch.manual_seed(1)  # densification splits draw from the global generator
     for step in range(steps):
@@ -184,9 +192,7 @@ def test_too_few_seed_points_are_refused() -> None:
     box = SceneBox(aabb=torch.tensor([[-1.0, -1, -1], [1, 1, 1]]))
     points = torch.zeros(2, 3), torch.zeros(2, 3)
     with pytest.raises(ValueError, match="at least 4 seed points, got 2"):
-        plain().setup(
-            scene_box=box, num_train_data=1, metadata={}, device="cpu", grad_scaler=None, seed_points=points
-        )
+        plain().setup(scene_box=box, num_train_data=1, metadata={}, device="cpu", grad_scaler=None, seed_points=points)
 
 
 def test_get_outputs_takes_cameras_only() -> None:
