@@ -199,5 +199,5 @@ def test_get_outputs_takes_cameras_only() -> None:
     model = build(plain())
     assert isinstance(model, EnhancerModel)
     assert camera(0).camera_type.flatten()[0] == CameraType.PERSPECTIVE.value
-    with pytest.raises(TypeError, match="takes nerfstudio Cameras"):
+    with pytest.raises(TypeError, match=r"[Cc]amera"):  # ours, or that of the type checker which tests switch on
         model.get_outputs(torch.zeros(3))  # type: ignore[arg-type]
