@@ -17,6 +17,7 @@ from nerfstudio_enhancer.rasterize.native_ops import TILE_SIZE, Frame, Project, 
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
 RASTERIZE_MODES = ("classic", "antialiased")
 MAX_SH_DEGREE = 3
+MAX_SIDE = 1 << 18
 
 
 def backend_name() -> str:
@@ -355,8 +356,10 @@ def check_inputs(
         raise ValueError(f"`render_mode` must be one of {RENDER_MODES}, got {render_mode!r}.")
     if rasterize_mode not in RASTERIZE_MODES:
         raise ValueError(f"`rasterize_mode` must be one of {RASTERIZE_MODES}, got {rasterize_mode!r}.")
-    if width <= 0 or height <= 0:
-        raise ValueError(f"An image needs at least 1 x 1 pixels, got {width} x {height}.")
+    if not (0 < width <= MAX_SIDE and 0 < height <= MAX_SIDE):
+        raise ValueError(
+            f"An image has at least 1 x 1 and at most {MAX_SIDE} x {MAX_SIDE} pixels, got {width} x {height}."
+        )
     for name, value in (
         ("near_plane", near_plane),
         ("far_plane", far_plane),
@@ -372,6 +375,8 @@ def check_inputs(
     n, c = means.shape[0], viewmats.shape[0]
     if c == 0:
         raise ValueError("`viewmats` must hold at least one camera, got shape [0, 4, 4].")
+    if n * c >= 1 << 31:
+        raise ValueError(f"Cameras times Gaussians must be below 2^31, got {c} x {n}; render fewer cameras at a time.")
     tensors: list[tuple[str, Tensor | None, list[list[int]]]] = [
         ("means", means, [[n, 3]]),
         ("quats", quats, [[n, 4]]),

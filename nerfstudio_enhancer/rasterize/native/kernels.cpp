@@ -1026,23 +1026,34 @@ void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state,
   }
 }
 
+// Set by any task, read after all of them.
+struct Failure {
+  int happened = 0;
+  void set() { __atomic_store_n(&happened, 1, __ATOMIC_RELAXED); }
+  int status() const { return happened ? NSE_OUT_OF_MEMORY : 0; }
+};
+
 template <int CH>
-void forward_tiles(const NseRasterArgs& a, Frame& f, int64_t tiles) {
+int forward_tiles(const NseRasterArgs& a, Frame& f, int64_t tiles) {
+  Failure failure;
   auto body = [&](int64_t task) {
     if (CH) {
       alignas(64) float color[kTilePixels * (CH ? CH : 1)];
       forward_tile<CH>(a, f, task, color);
     } else {
       float* color = static_cast<float*>(aligned_alloc(64, sizeof(float) * kTilePixels * a.channels));
+      if (!color) return failure.set();
       forward_tile<CH>(a, f, task, color);
       free(color);
     }
   };
   parallel(a.threads, tiles, body);
+  return failure.status();
 }
 
 template <int CH, bool ABS>
-void backward_tiles(const NseRasterArgs& a, Frame& f, int64_t tiles, float* background_sums) {
+int backward_tiles(const NseRasterArgs& a, Frame& f, int64_t tiles, float* background_sums) {
+  Failure failure;
   auto body = [&](int64_t task) {
     float* sums = background_sums ? background_sums + task * a.channels : nullptr;
     if (CH) {
@@ -1050,11 +1061,13 @@ void backward_tiles(const NseRasterArgs& a, Frame& f, int64_t tiles, float* back
       backward_tile<CH, ABS>(a, f, task, state, sums);
     } else {
       float* state = static_cast<float*>(aligned_alloc(64, sizeof(float) * (kTilePixels * (a.channels + 2) + 16 * a.channels)));
+      if (!state) return failure.set();
       backward_tile<CH, ABS>(a, f, task, state, sums);
       free(state);
     }
   };
   parallel(a.threads, tiles, body);
+  return failure.status();
 }
 
 int raster_forward(const NseRasterArgs* args) {
@@ -1063,23 +1076,24 @@ int raster_forward(const NseRasterArgs* args) {
   f.tiles_x = ceil_div(a.width, kTile), f.tiles_y = ceil_div(a.height, kTile);
   const int64_t tiles = a.cameras * f.tiles_x * f.tiles_y;
   const double t0 = nse_now();
-  if (const int status = bin(a, f)) return status;
+  int status = bin(a, f);
+  if (status) return status;
   RESERVE(float, transmittance, f.transmittance, tiles * kTilePixels);
   RESERVE(int32_t, last, f.last, tiles * kTilePixels);
   (void)transmittance, (void)last;
   const double t1 = nse_now();
   switch (a.channels) {
-    case 1: forward_tiles<1>(a, f, tiles); break;
-    case 3: forward_tiles<3>(a, f, tiles); break;
-    case 4: forward_tiles<4>(a, f, tiles); break;
-    case 5: forward_tiles<5>(a, f, tiles); break;
-    case 7: forward_tiles<7>(a, f, tiles); break;
-    case 8: forward_tiles<8>(a, f, tiles); break;
-    default: forward_tiles<0>(a, f, tiles);
+    case 1: status = forward_tiles<1>(a, f, tiles); break;
+    case 3: status = forward_tiles<3>(a, f, tiles); break;
+    case 4: status = forward_tiles<4>(a, f, tiles); break;
+    case 5: status = forward_tiles<5>(a, f, tiles); break;
+    case 7: status = forward_tiles<7>(a, f, tiles); break;
+    case 8: status = forward_tiles<8>(a, f, tiles); break;
+    default: status = forward_tiles<0>(a, f, tiles);
   }
   f.seconds[kTimeBin] = t1 - t0;
   f.seconds[kTimeForward] = nse_now() - t1;
-  return 0;
+  return status;
 }
 
 int raster_backward(const NseRasterArgs* args) {
@@ -1095,18 +1109,20 @@ int raster_backward(const NseRasterArgs* args) {
     background_sums = sums;
   }
   const double t0 = nse_now();
+  int status = 0;
 #define NSE_CASE(n)                                                            \
   case n:                                                                      \
     if (a.v_means2d_abs)                                                       \
-      backward_tiles<n, true>(a, f, tiles, background_sums);                   \
+      status = backward_tiles<n, true>(a, f, tiles, background_sums);          \
     else                                                                       \
-      backward_tiles<n, false>(a, f, tiles, background_sums);                  \
+      status = backward_tiles<n, false>(a, f, tiles, background_sums);         \
     break;
   switch (channels) {
     NSE_CASE(1) NSE_CASE(3) NSE_CASE(4) NSE_CASE(5) NSE_CASE(7) NSE_CASE(8)
-    default: backward_tiles<0, true>(a, f, tiles, background_sums);
+    default: status = backward_tiles<0, true>(a, f, tiles, background_sums);
   }
 #undef NSE_CASE
+  if (status) return status;
   const double t1 = nse_now();
 
   const int64_t total = a.cameras * a.gaussians, tasks = ceil_div(total, kGaussiansPerTask);
@@ -1117,19 +1133,16 @@ int raster_backward(const NseRasterArgs* args) {
   auto reduce = [&](int64_t task) {
     const int64_t end = min64(total, (task + 1) * kGaussiansPerTask);
     for (int64_t g = task * kGaussiansPerTask; g < end; ++g) {
-      alignas(64) float small[16];
-      float* sum = small;
-      float* large = nullptr;
-      if (stride > 16) sum = large = static_cast<float*>(malloc(sizeof(float) * stride));
-      for (int64_t k = 0; k < stride; ++k) sum[k] = 0.0f;
+      float* v_feature = a.v_features + g * channels;
+      float geometry[kSlotGeometry] = {0};
+      for (int k = 0; k < channels; ++k) v_feature[k] = 0.0f;
       if (rank[g] >= 0)
         for (uint32_t slot = slot_base[rank[g]]; slot < slot_base[rank[g] + 1]; ++slot)
           if (slot_used[slot]) {
             const float* from = slots + slot * stride;
-            for (int64_t k = 0; k < stride; ++k) sum[k] += from[k];
+            for (int k = 0; k < channels; ++k) v_feature[k] += from[k];
+            for (int k = 0; k < kSlotGeometry; ++k) geometry[k] += from[channels + k];
           }
-      const float* geometry = sum + channels;
-      for (int k = 0; k < channels; ++k) a.v_features[g * channels + k] = sum[k];
       constexpr float kScale = 2.0f / kLog2e;  // the records hold 0.5 log2(e) times the conic
       a.v_means2d[2 * g] = -kScale * geometry[0];
       a.v_means2d[2 * g + 1] = -kScale * geometry[1];
@@ -1141,7 +1154,6 @@ int raster_backward(const NseRasterArgs* args) {
       a.v_conics[3 * g + 1] = -geometry[5];
       a.v_conics[3 * g + 2] = -0.5f * geometry[6];
       a.v_opacities[g] = geometry[7] != 0.0f ? geometry[7] / a.opacities[g] : 0.0f;
-      free(large);
     }
   };
   parallel(a.threads, tasks, reduce);
@@ -1193,12 +1205,13 @@ int ssim_forward(const NseSsimArgs* args) {
   if (!sums) return NSE_OUT_OF_MEMORY;
   float w[kTaps];
   gaussian_window(w);
+  Failure failure;
   auto body = [&](int64_t task) {
     const int64_t plane = task / strips, y0 = task % strips * kRowsPerTask, y1 = min64(out_h, y0 + kRowsPerTask);
     const int64_t width = a.width, padded = (width + 31) / 16 * 16;
     const Plane px = plane_of(a.pred, a.pred_strides, a.channels, plane), py = plane_of(a.target, a.target_strides, a.channels, plane);
     float* memory = static_cast<float*>(aligned_alloc(64, sizeof(float) * padded * (2 * (kRowsPerTask + kHalo) + 10)));
-    if (!memory) return;
+    if (!memory) return failure.set();
     const float *rows_x[kRowsPerTask + kHalo], *rows_y[kRowsPerTask + kHalo];
     for (int64_t r = y0; r < y1 + kHalo; ++r) {
       rows_x[r - y0] = contiguous_row(px, r, width, memory + 2 * (r - y0) * padded);
@@ -1273,7 +1286,7 @@ int ssim_forward(const NseSsimArgs* args) {
   for (int64_t t = 0; t < tasks; ++t) total += sums[t];
   free(sums);
   *a.mean = total / (double)(planes * out_h * out_w);
-  return 0;
+  return failure.status();
 }
 
 int ssim_backward(const NseSsimArgs* args) {
@@ -1283,11 +1296,12 @@ int ssim_backward(const NseSsimArgs* args) {
   float w[kTaps];
   gaussian_window(w);
   const float scale = a.scale / (float)(planes * out_h * out_w);
+  Failure failure;
   auto body = [&](int64_t task) {
     const int64_t plane = task / strips, y0 = task % strips * kRowsPerTask, y1 = min64(a.height, y0 + kRowsPerTask);
     const int64_t width = a.width, padded = (width + 2 * kHalo + 31) / 16 * 16;
     float* memory = static_cast<float*>(aligned_alloc(64, sizeof(float) * padded * 8));
-    if (!memory) return;
+    if (!memory) return failure.set();
     memset(memory, 0, sizeof(float) * padded * 8);
     float *gradient = memory + 3 * padded, *buffer_x = memory + 6 * padded, *buffer_y = memory + 7 * padded;
     const Plane px = plane_of(a.pred, a.pred_strides, a.channels, plane), py = plane_of(a.target, a.target_strides, a.channels, plane);
@@ -1319,7 +1333,7 @@ int ssim_backward(const NseSsimArgs* args) {
     free(memory);
   };
   parallel(a.threads, planes * strips, body);
-  return 0;
+  return failure.status();
 }
 
 }  // namespace
