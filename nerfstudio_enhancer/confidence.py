@@ -48,9 +48,7 @@ def pixel_confidence(
     Returns:
         Weights of mean 1 over all frames.
     """
-    product = pixel_scale(scale_map)
-    top = _quantile(product, PIXEL_QUANTILE).clamp(min=1e-12)
-    confidence = (product / top).clamp(max=1.0)
+    confidence = relative_pixel_scale(scale_map)
     if alpha is not None:
         confidence = torch.where(alpha < 0.5, torch.ones_like(confidence), confidence)
     return _with_floor_and_mean_one(confidence, floor)
@@ -59,6 +57,12 @@ def pixel_confidence(
 def pixel_scale(scale_map: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 1"]:
     """Geometric mean of the three composited scales, world units."""
     return scale_map.clamp(min=0).prod(dim=-1, keepdim=True).pow(1 / 3)
+
+
+def relative_pixel_scale(scale_map: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 1"]:
+    """`pixel_scale` over its own quantile `PIXEL_QUANTILE`, at most 1."""
+    scale = pixel_scale(scale_map)
+    return (scale / _quantile(scale, PIXEL_QUANTILE).clamp(min=1e-12)).clamp(max=1.0)
 
 
 def _with_floor_and_mean_one(confidence: Tensor, floor: float) -> Tensor:

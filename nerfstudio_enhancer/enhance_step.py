@@ -147,7 +147,7 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
             config,
             prior,
             generator,
-            _mean_colour(references).to(rendered.rgb),
+            mean_colour(references).to(rendered.rgb),
         )
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
         clips.append(_UnweighedClip(frames[inner], middle, cameras[inner]))
@@ -236,5 +236,6 @@ def _resized(photograph: Float[Tensor, "h w 3"], rendered: RenderedClip) -> Floa
     return to_channels_last(resized)[0]
 
 
-def _mean_colour(references: References) -> Float[Tensor, "3"]:
+def mean_colour(references: References) -> Float[Tensor, "3"]:
+    """Mean colour of the reference photographs, each counting alike; sRGB in [0, 1]."""
     return torch.stack([photograph.reshape(-1, 3).mean(0).cpu() for photograph in references.photographs]).mean(0)

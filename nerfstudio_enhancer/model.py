@@ -20,7 +20,7 @@ from nerfstudio.models.splatfacto import (
 from nerfstudio.utils.colors import get_color
 from torch import Tensor
 
-from nerfstudio_enhancer.confidence import pixel_scale
+from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.losses import confidence_weighted_photometric
@@ -246,10 +246,8 @@ class EnhancerModel(SplatfactoModel):
             outputs["depth"] = torch.where(alpha > 0, depth, depth.detach().max()).squeeze(0)
         if not self.training:
             scale_map = render[0, ..., 3:6]
-            size = pixel_scale(scale_map)
-            top = size.flatten().kthvalue(max(1, int(0.95 * size.numel()))).values.clamp(min=1e-12)
             outputs["scale_map"] = scale_map
-            outputs["confidence"] = (size / top).clamp(max=1.0)
+            outputs["confidence"] = relative_pixel_scale(scale_map)
             outputs["background"] = background.expand(height, width, 3)
         return outputs
 

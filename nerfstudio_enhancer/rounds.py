@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from nerfstudio_enhancer.contact_sheet import write_round_pictures
-from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step
+from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step, mean_colour
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
@@ -43,9 +43,7 @@ class Rounds:
         self.done: set[int] = set()
         _check(self.config, len(self.references.photographs))
         model.seed = datamanager.seed = self.seed
-        model.set_reference_mean(
-            torch.stack([photo.reshape(-1, 3).mean(0).cpu() for photo in self.references.photographs]).mean(0)
-        )
+        model.set_reference_mean(mean_colour(self.references))
         self.store = datamanager.enhanced_views = EnhancedViewStore()
         self.controls = model.enhancer_controls
         datamanager.enhanced_ratio = self.config.ratio
