@@ -93,6 +93,8 @@ def load_library() -> ctypes.CDLL | None:
         for direction in ("forward", "backward"):
             function = getattr(library, f"nse_{name}_{direction}")
             function.argtypes, function.restype = [POINTER(struct)], c_int
+    library.nse_raster_count.argtypes = [POINTER(RasterArgs), POINTER(c_int64), POINTER(c_int64)]
+    library.nse_vector_seconds.restype = c_double
     library.nse_isa.restype = c_char_p
     library.nse_select_isa.argtypes = [c_char_p]
     library.nse_frame_acquire.restype = c_void_p

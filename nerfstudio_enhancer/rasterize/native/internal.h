@@ -12,7 +12,7 @@ constexpr int kTile = 16;              // tile side in pixels, as gsplat's defau
 constexpr int kTilePixels = kTile * kTile;
 constexpr int kBlock = 4;              // a tile is 4 x 4 blocks of 4 x 4 pixels; one block is 16 vector lanes
 constexpr int kRecordHeader = 8;       // floats before the features in a record, see build_records
-constexpr float kAlphaMin = 1.0f / 255.0f;
+constexpr float kLogAlphaMin = -7.994353436858858f;  // log2(1/255), gsplat's least alpha
 constexpr float kAlphaMax = 0.999f;
 constexpr float kTransmittanceStop = 1e-4f;
 constexpr float kLog2e = 1.4426950408889634f;
@@ -60,6 +60,9 @@ struct KernelTable {
   int (*raster_backward)(const NseRasterArgs*);
   int (*ssim_forward)(const NseSsimArgs*);
   int (*ssim_backward)(const NseSsimArgs*);
+  int (*raster_count)(const NseRasterArgs*, int64_t* blended, int64_t* lanes);
+  double (*vector_seconds)();
+  int vector_width;
 };
 
 extern "C" const KernelTable nse_kernels_baseline;

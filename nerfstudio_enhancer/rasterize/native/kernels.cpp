@@ -498,21 +498,20 @@ int project_backward(const NseProjectArgs* args) {
 
 // --------------------------------------------------------------------------------------------------- binning
 
-// A record is what the raster stage needs of one visible Gaussian:
-// [x, y, b/a, a', d', log2(opacity), reach, opacity, features...] with the quadratic form as a sum of two squares,
-// sigma * log2(e) = a' (dx + b/a dy)^2 + d' dy^2, so that rounding cannot make it negative.
-// alpha >= 1/255 means that this form is at most `reach`.
+// A record is what the raster stage needs of one visible Gaussian: this header, then its features. The quadratic form is a
+// sum of two squares, sigma * log2(e) = e^2 + h^2 with e = ex dx + ey dy and h = hy dy (Cholesky), so that rounding cannot
+// make it negative. alpha >= 1/255 means that this form is at most `reach`.
+enum { kX = 0, kY = 1, kEx = 2, kEy = 3, kHy = 4, kLogOpacity = 5, kReach = 6, kSlope = 7 };  // kSlope: ey / ex
 
 // Bit b is set if block b (4 x 4 pixels, row-major in the tile) has a point where the form is at most `reach`.
 NSE_INLINE uint32_t block_mask(const float* record, float tile_x, float tile_y) {
   alignas(64) static const float kOffsetX[16] = {0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12};
   alignas(64) static const float kOffsetY[16] = {0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12};
-  const vf zero = vset(0.0f), s = vset(record[2]), a = vset(record[3]), d = vset(record[4]);
-  const float c = record[4] + record[2] * record[2] * record[3];
-  const vf slope = vset(record[2] * record[3] / c);  // b / c
+  const vf zero = vset(0.0f), s = vset(record[kSlope]), ex = vset(record[kEx]), ey = vset(record[kEy]), hy = vset(record[kHy]);
+  const vf slope = vset(record[kEx] * record[kEy] / (record[kHy] * record[kHy] + record[kEy] * record[kEy]));  // b / c
   // A little slack, because the pixels are tested with other roundings.
-  const vf reach = vset(record[6] * 1.00001f + 1e-3f);
-  const float left = tile_x + 0.5f - record[0], top = tile_y + 0.5f - record[1];
+  const vf reach = vset(record[kReach] * 1.00001f + 1e-3f);
+  const float left = tile_x + 0.5f - record[kX], top = tile_y + 0.5f - record[kY];
   uint32_t mask = 0;
   for (int part = 0; part < kParts; ++part) {
     // pixel centres of a block span 3 px
@@ -521,8 +520,8 @@ NSE_INLINE uint32_t block_mask(const float* record, float tile_x, float tile_y) 
     // The minimum of the form over a rectangle lies at its centre (if inside) or on an edge that faces the centre.
     const vf y_near = vmin(vmax(zero, y0), y1), x_near = vmin(vmax(zero, x0), x1);
     const vf x_best = vmin(vmax(zero - s * y_near, x0), x1), y_best = vmin(vmax(zero - slope * x_near, y0), y1);
-    const vf e0 = vfma(s, y_near, x_best), e1 = vfma(s, y_best, x_near);
-    const vf q0 = vfma(a * e0, e0, d * y_near * y_near), q1 = vfma(a * e1, e1, d * y_best * y_best);
+    const vf e0 = vfma(ey, y_near, ex * x_best), e1 = vfma(ey, y_best, ex * x_near), h0 = hy * y_near, h1 = hy * y_best;
+    const vf q0 = vfma(e0, e0, h0 * h0), q1 = vfma(e1, e1, h1 * h1);
     mask |= vbits(vge(reach, vmin(q0, q1))) << (part * VW);
   }
   return mask;
@@ -536,15 +535,16 @@ inline float clampf(float v, float lo, float hi) { return v < lo ? lo : (v > hi 
 
 // gsplat's square of 3 standard deviations, cut to the box of the ellipse where alpha can reach 1/255.
 TileRect tile_rect(const float* record, float radius, int tiles_x, int tiles_y) {
-  const float x = record[0], y = record[1], s = record[2], a = record[3], d = record[4], reach = record[6];
+  const float x = record[kX], y = record[kY], reach = record[kReach];
   TileRect rect = {0, 0, 0, 0};
   if (!(reach >= 0.0f)) return rect;
-  const float half_x = sqrtf(reach * (d + s * s * a) / (a * d)) * 1.0001f + 0.01f, half_y = sqrtf(reach / d) * 1.0001f + 0.01f;
+  const float root = sqrtf(reach) * 1.0001f, half_y = root / record[kHy], across = root / record[kEx], along = record[kSlope] * half_y;
+  const float half_x = sqrtf(across * across + along * along) + 0.01f;
   const float inv = 1.0f / kTile;
   const float x0 = floorf((x - radius) * inv), x1 = ceilf((x + radius) * inv);
   const float y0 = floorf((y - radius) * inv), y1 = ceilf((y + radius) * inv);
   const float ex0 = floorf((x - half_x) * inv), ex1 = floorf((x + half_x) * inv) + 1.0f;
-  const float ey0 = floorf((y - half_y) * inv), ey1 = floorf((y + half_y) * inv) + 1.0f;
+  const float ey0 = floorf((y - half_y - 0.01f) * inv), ey1 = floorf((y + half_y + 0.01f) * inv) + 1.0f;
   rect.x0 = (int16_t)clampf(ex0 > x0 ? ex0 : x0, 0.0f, (float)tiles_x);
   rect.x1 = (int16_t)clampf(ex1 < x1 ? ex1 : x1, 0.0f, (float)tiles_x);
   rect.y0 = (int16_t)clampf(ey0 > y0 ? ey0 : y0, 0.0f, (float)tiles_y);
@@ -623,14 +623,15 @@ int bin(const NseRasterArgs& a, Frame& f) {
       const double ca = a.conics[3 * g], cb = a.conics[3 * g + 1], cc = a.conics[3 * g + 2];
       const double slope = cb / ca, schur = cc - cb * slope;
       const float opacity = a.opacities[g];
-      record[0] = a.means2d[2 * g], record[1] = a.means2d[2 * g + 1];
-      record[2] = (float)slope;
-      record[3] = (float)(0.5 * kLog2e * ca);
-      record[4] = (float)(0.5 * kLog2e * schur);
-      record[5] = opacity > 0.0f ? log2f(opacity) : -1e30f;
-      record[6] = record[5] + 7.994353436858858f;  // log2(255)
-      if (!(record[3] > 0.0f && record[4] > 0.0f)) record[6] = -1.0f;  // not an ellipse
-      record[7] = opacity;
+      const double ex = sqrt(0.5 * kLog2e * ca);
+      record[kX] = a.means2d[2 * g], record[kY] = a.means2d[2 * g + 1];
+      record[kEx] = (float)ex;
+      record[kEy] = (float)(ex * slope);
+      record[kHy] = (float)sqrt(0.5 * kLog2e * schur);
+      record[kLogOpacity] = opacity > 0.0f ? log2f(opacity) : -1e30f;
+      record[kReach] = record[kLogOpacity] - kLogAlphaMin;
+      if (!(record[kEx] > 0.0f && record[kHy] > 0.0f)) record[kReach] = -1.0f;  // not an ellipse
+      record[kSlope] = (float)slope;
       const float* feature = a.features + g * channels;
       for (int k = 0; k < channels; ++k) record[kRecordHeader + k] = feature[k];
       for (int64_t k = kRecordHeader + channels; k < stride; ++k) record[k] = 0.0f;
@@ -729,11 +730,15 @@ int bin(const NseRasterArgs& a, Frame& f) {
 
 // ---------------------------------------------------------------------------------------------------- raster
 
-// Pixel centres of the lanes of a block.
-alignas(64) const float kLaneX[16] = {0.5f, 1.5f, 2.5f, 3.5f, 0.5f, 1.5f, 2.5f, 3.5f, 0.5f, 1.5f, 2.5f, 3.5f, 0.5f, 1.5f, 2.5f, 3.5f};
-alignas(64) const float kLaneY[16] = {0.5f, 0.5f, 0.5f, 0.5f, 1.5f, 1.5f, 1.5f, 1.5f, 2.5f, 2.5f, 2.5f, 2.5f, 3.5f, 3.5f, 3.5f, 3.5f};
+// Pixel centres of a tile, relative to its corner: x by block column and lane, y by block row and lane.
+#define NSE_ROW4(x) x + 0.5f, x + 1.5f, x + 2.5f, x + 3.5f
+#define NSE_SAME4(y) y, y, y, y
+#define NSE_BLOCK_X(x) NSE_ROW4(x), NSE_ROW4(x), NSE_ROW4(x), NSE_ROW4(x)
+#define NSE_BLOCK_Y(y) NSE_SAME4(y + 0.5f), NSE_SAME4(y + 1.5f), NSE_SAME4(y + 2.5f), NSE_SAME4(y + 3.5f)
+alignas(64) const float kCentreX[4 * 16] = {NSE_BLOCK_X(0), NSE_BLOCK_X(4), NSE_BLOCK_X(8), NSE_BLOCK_X(12)};
+alignas(64) const float kCentreY[4 * 16] = {NSE_BLOCK_Y(0), NSE_BLOCK_Y(4), NSE_BLOCK_Y(8), NSE_BLOCK_Y(12)};
 
-constexpr int kChunk = 256;  // Gaussians whose block lists are built at a time
+constexpr int kChunk = 128;  // Gaussians whose block lists are built at a time
 
 struct Tile {
   int64_t x, y, camera;      // first pixel
@@ -762,33 +767,26 @@ NSE_INLINE void for_each_pixel(const NseRasterArgs& a, const Tile& t, F body) {
       body((int)((y / kBlock * 4 + x / kBlock) * 16 + y % kBlock * 4 + x % kBlock), (t.y + y) * a.width + t.x + x);
 }
 
-// Pixel centres of a tile: x by block column and lane, y by block row and lane.
-struct PixelCentres {
-  alignas(64) float x[4 * 16], y[4 * 16];
-};
-
-NSE_INLINE void fill_centres(const Tile& t, PixelCentres& centres) {
-  for (int i = 0; i < 4; ++i)
-    for (int l = 0; l < 16; ++l) {
-      centres.x[16 * i + l] = (float)(t.x + kBlock * i) + kLaneX[l];
-      centres.y[16 * i + l] = (float)(t.y + kBlock * i) + kLaneY[l];
-    }
+// The form of a Gaussian at the pixels of a tile: e = e0 - ex u - ey v, h = h0 - hy v, where u, v are relative to the tile.
+NSE_INLINE void form_at_tile(const float* record, const Tile& t, float* e0, float* h0) {
+  const float dx = record[kX] - (float)t.x, dy = record[kY] - (float)t.y;
+  *e0 = record[kEx] * dx + record[kEy] * dy;
+  *h0 = record[kHy] * dy;
 }
 
 struct Splat {
-  vf dx, dy, ae, raw, alpha;  // offsets mean - pixel; a' (dx + b/a dy); opacity * exp(-sigma), and clamped
+  vf e, h, raw, alpha;  // the form's two roots; opacity * exp(-sigma), and clamped
   vm hit;
 };
 
-NSE_INLINE Splat splat_at(const float* record, vf pixel_x, vf pixel_y) {
+NSE_INLINE Splat splat_at(const float* record, vf e0, vf h0, vf u, vf v) {
   Splat s;
-  s.dx = vset(record[0]) - pixel_x;
-  s.dy = vset(record[1]) - pixel_y;
-  const vf e = vfma(vset(record[2]), s.dy, s.dx);
-  s.ae = vset(record[3]) * e;
-  s.raw = vexp2(vset(record[5]) - vfma(s.ae, e, vset(record[4]) * s.dy * s.dy));
+  s.e = vfnma(vset(record[kEy]), v, vfnma(vset(record[kEx]), u, e0));
+  s.h = vfnma(vset(record[kHy]), v, h0);
+  const vf exponent = vfnma(s.h, s.h, vfnma(s.e, s.e, vset(record[kLogOpacity])));
+  s.raw = vexp2(exponent);
   s.alpha = vmin(s.raw, vset(kAlphaMax));
-  s.hit = vge(s.alpha, vset(kAlphaMin));
+  s.hit = vge(exponent, vset(kLogAlphaMin));
   return s;
 }
 
@@ -805,7 +803,7 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
   const int64_t stride = f.record_stride;
   float* closed = static_cast<float*>(f.transmittance.data) + t.state;  // transmittance behind the last contribution
   int32_t* last = static_cast<int32_t*>(f.last.data) + t.state;
-  alignas(64) float open[kTilePixels];  // transmittance, 0 once the pixel is closed
+  alignas(64) float open[kTilePixels];  // 1 until the pixel is closed
   memset(open, 0, sizeof open);
   for (int i = 0; i < kTilePixels; ++i) closed[i] = 1.0f, last[i] = -1;
   memset(color, 0, sizeof(float) * kTilePixels * channels);  // [block, channel, lane]
@@ -815,30 +813,35 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
     alive |= 1u << (lane >> 4);
   });
 
-  PixelCentres centres;
-  fill_centres(t, centres);
+  constexpr int kLocalStride = kRecordHeader + (CH ? CH : 0);
+  alignas(64) float local[kChunk * kLocalStride];  // records with e0, h0 in the place of the mean
+  uint16_t list[16][kChunk], contributes[kChunk];
   int64_t start = t.begin;
   for (; start < t.end && alive; start += kChunk) {
     const int size = (int)min64(kChunk, t.end - start);
-    uint16_t list[16][kChunk], contributes[kChunk];
+    const uint32_t* rank = isect_rank + start;
     int length[16] = {0};
     for (int j = 0; j < size; ++j) {
-      __builtin_prefetch(records + isect_rank[start + j] * stride);
+      __builtin_prefetch(records + rank[j + 8 < size ? j + 8 : j] * stride);
+      const float* record = records + rank[j] * stride;
+      float* to = local + j * kLocalStride;
+      memcpy(to, record, sizeof(float) * kLocalStride);
+      form_at_tile(record, t, to + kX, to + kY);
       contributes[j] = 0;
       for (uint32_t bits = isect_mask[start + j] & alive; bits; bits &= bits - 1) {
         const int b = __builtin_ctz(bits);
         list[b][length[b]++] = (uint16_t)j;
       }
     }
-    const uint32_t* rank = isect_rank + start;
     const int32_t first = (int32_t)(start - t.begin);
     for (uint32_t bits = alive; bits; bits &= bits - 1) {
       const int b = __builtin_ctz(bits);
       bool block_open = false;
       for (int part = 0; part < kParts; ++part) {
         const int lane = b * 16 + part * VW;
-        const vf pixel_x = vload(centres.x + b % 4 * 16 + part * VW), pixel_y = vload(centres.y + b / 4 * 16 + part * VW);
-        vf open_t = vload(open + lane), closed_t = vload(closed + lane);
+        const vf u = vload(kCentreX + b % 4 * 16 + part * VW), v = vload(kCentreY + b / 4 * 16 + part * VW);
+        vf transmittance = vload(closed + lane);
+        vm open_lanes = vgt(vload(open + lane), vset(0.0f));
         vi last_j = viload(last + lane);
         float* block_color = color + b * 16 * channels + part * VW;
         vf sum[CH ? CH : 1];
@@ -846,36 +849,40 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
 #pragma GCC unroll 8
           for (int k = 0; k < CH; ++k) sum[k] = vload(block_color + 16 * k);
         }
-        if (vany(vgt(open_t, vset(0.0f)))) {
+        if (vany(open_lanes)) {
           for (int q = 0; q < length[b]; ++q) {
             const int j = list[b][q];
-            const float* record = records + rank[j] * stride;
-            const Splat s = splat_at(record, pixel_x, pixel_y);
-            const vf next = vfnma(s.alpha, open_t, open_t);
-            const vm remains = vgt(next, vset(kTransmittanceStop)), lit = vand(s.hit, remains);
-            const vf weight = vzero(lit, s.alpha * open_t);
+            const float* record = local + j * kLocalStride;
+            const float* feature = CH ? record + kRecordHeader : records + rank[j] * stride + kRecordHeader;
+            const Splat s = splat_at(record, vset(record[kX]), vset(record[kY]), u, v);
+            const vf light = s.alpha * transmittance, next = transmittance - light;
+            const vm hit = vand(open_lanes, s.hit), lit = vand(hit, vgt(next, vset(kTransmittanceStop)));
+            const vf weight = vzero(lit, light);
             if (CH) {
 #pragma GCC unroll 8
-              for (int k = 0; k < CH; ++k) sum[k] = vfma(vset(record[kRecordHeader + k]), weight, sum[k]);
+              for (int k = 0; k < CH; ++k) sum[k] = vfma(vset(feature[k]), weight, sum[k]);
             } else {
               for (int k = 0; k < channels; ++k)
-                vstore(block_color + 16 * k, vfma(vset(record[kRecordHeader + k]), weight, vload(block_color + 16 * k)));
+                vstore(block_color + 16 * k, vfma(vset(feature[k]), weight, vload(block_color + 16 * k)));
             }
-            closed_t = vsel(lit, next, closed_t);
+            transmittance = vsel(lit, next, transmittance);
             last_j = visel(lit, viset(first + j), last_j);
             contributes[j] |= (uint16_t)(vany(lit) << b);
-            open_t = vsel(s.hit, vzero(remains, next), open_t);
-            if (vany(vandnot(s.hit, remains)) && !vany(vgt(open_t, vset(0.0f)))) break;
+            const vm closing = vandnot(hit, lit);
+            if (vany(closing)) {
+              open_lanes = vandnot(open_lanes, closing);
+              if (!vany(open_lanes)) break;
+            }
           }
         }
-        vstore(open + lane, open_t);
-        vstore(closed + lane, closed_t);
+        vstore(open + lane, vzero(open_lanes, vset(1.0f)));
+        vstore(closed + lane, transmittance);
         vistore(last + lane, last_j);
         if (CH) {
 #pragma GCC unroll 8
           for (int k = 0; k < CH; ++k) vstore(block_color + 16 * k, sum[k]);
         }
-        block_open |= vany(vgt(open_t, vset(0.0f)));
+        block_open |= vany(open_lanes);
       }
       if (!block_open) alive &= ~(1u << b);
     }
@@ -898,7 +905,7 @@ void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) 
   });
 }
 
-constexpr int kSlotGeometry = 8;  // after the channels: x, y, |x|, |y|, dx dx, dx dy, dy dy, opacity
+constexpr int kSlotGeometry = 8;  // after the channels: sums of g e, g h, |g e|, |g dform/dy| / 2, g e e, g e h, g h h, g
 
 template <int CH, bool ABS>
 void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state, float* background_sums) {
@@ -946,8 +953,6 @@ void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state,
   });
 
   constexpr int kGradients = CH ? (CH + kSlotGeometry + 15) / 16 * 16 : 16;
-  PixelCentres centres;
-  fill_centres(t, centres);
   for (int64_t j = furthest; j >= 0; --j) {
     if (j >= 8) {
       __builtin_prefetch(records + isect_rank[t.begin + j - 8] * stride);
@@ -963,13 +968,15 @@ void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state,
     float* dynamic = front + kTilePixels;  // CH = 0: [channels, VW] sums in memory
     if (!CH) memset(dynamic, 0, sizeof(float) * VW * channels);
     constexpr int G = CH ? CH : 0;
+    float e0, h0;
+    form_at_tile(record, t, &e0, &h0);
     const vi position = viset((int32_t)j);
     for (; bits; bits &= bits - 1) {
       const int b = __builtin_ctz(bits);
       for (int part = 0; part < kParts; ++part) {
         const int lane = b * 16 + part * VW;
-        const vf pixel_x = vload(centres.x + b % 4 * 16 + part * VW), pixel_y = vload(centres.y + b / 4 * 16 + part * VW);
-        const Splat s = splat_at(record, pixel_x, pixel_y);
+        const vf u = vload(kCentreX + b % 4 * 16 + part * VW), v_pixel = vload(kCentreY + b / 4 * 16 + part * VW);
+        const Splat s = splat_at(record, vset(e0), vset(h0), u, v_pixel);
         const vm lit = vand(s.hit, vige(viload(last + lane), position));
         if (kParts > 1 && !vany(lit)) continue;
         const vf inverse = vrecip(vset(1.0f) - s.alpha);
@@ -997,17 +1004,16 @@ void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state,
         vstore(behind + lane, vfma(weight, dot, light_behind));
         // no gradient through a clamped alpha
         const vf g = vzero(vand(lit, vge(vset(kAlphaMax), s.raw)), s.raw * v_alpha);
-        const vf gx = g * s.ae, gy = g * vfma(vset(record[2]), s.ae, vset(record[4]) * s.dy);
-        const vf gdx = g * s.dx, gdy = g * s.dy;
-        sum[G + 0] = sum[G + 0] + gx;
-        sum[G + 1] = sum[G + 1] + gy;
+        const vf ge = g * s.e, gh = g * s.h;
+        sum[G + 0] = sum[G + 0] + ge;
+        sum[G + 1] = sum[G + 1] + gh;
         if (ABS) {
-          sum[G + 2] = sum[G + 2] + vabs(gx);
-          sum[G + 3] = sum[G + 3] + vabs(gy);
+          sum[G + 2] = sum[G + 2] + vabs(ge);
+          sum[G + 3] = sum[G + 3] + vabs(vfma(vset(record[kEy]), ge, vset(record[kHy]) * gh));
         }
-        sum[G + 4] = vfma(gdx, s.dx, sum[G + 4]);
-        sum[G + 5] = vfma(gdx, s.dy, sum[G + 5]);
-        sum[G + 6] = vfma(gdy, s.dy, sum[G + 6]);
+        sum[G + 4] = vfma(ge, s.e, sum[G + 4]);
+        sum[G + 5] = vfma(ge, s.h, sum[G + 5]);
+        sum[G + 6] = vfma(gh, s.h, sum[G + 6]);
         sum[G + 7] = sum[G + 7] + g;
       }
     }
@@ -1129,30 +1135,42 @@ int raster_backward(const NseRasterArgs* args) {
   const int32_t* rank = static_cast<const int32_t*>(f.rank.data);
   const uint32_t* slot_base = static_cast<const uint32_t*>(f.slot_base.data);
   const uint8_t* slot_used = static_cast<const uint8_t*>(f.slot_used.data);
+  const float* records = static_cast<const float*>(f.records.data);
   const int64_t stride = f.slot_stride;
   auto reduce = [&](int64_t task) {
     const int64_t end = min64(total, (task + 1) * kGaussiansPerTask);
     for (int64_t g = task * kGaussiansPerTask; g < end; ++g) {
       float* v_feature = a.v_features + g * channels;
       float geometry[kSlotGeometry] = {0};
+      bool used = false;
       for (int k = 0; k < channels; ++k) v_feature[k] = 0.0f;
       if (rank[g] >= 0)
         for (uint32_t slot = slot_base[rank[g]]; slot < slot_base[rank[g] + 1]; ++slot)
           if (slot_used[slot]) {
+            used = true;
             const float* from = slots + slot * stride;
             for (int k = 0; k < channels; ++k) v_feature[k] += from[k];
             for (int k = 0; k < kSlotGeometry; ++k) geometry[k] += from[channels + k];
           }
-      constexpr float kScale = 2.0f / kLog2e;  // the records hold 0.5 log2(e) times the conic
-      a.v_means2d[2 * g] = -kScale * geometry[0];
-      a.v_means2d[2 * g + 1] = -kScale * geometry[1];
+      float ex = 0.0f, ey = 0.0f, hy = 0.0f, inverse_ex = 0.0f, inverse_hy = 0.0f, slope = 0.0f;
+      if (used) {
+        const float* record = records + rank[g] * f.record_stride;
+        ex = record[kEx], ey = record[kEy], hy = record[kHy], slope = record[kSlope];
+        inverse_ex = 1.0f / ex, inverse_hy = 1.0f / hy;
+      }
+      constexpr float kScale = 2.0f / kLog2e;  // the form holds log2(e)
+      a.v_means2d[2 * g] = -kScale * ex * geometry[0];
+      a.v_means2d[2 * g + 1] = -kScale * (ey * geometry[0] + hy * geometry[1]);
       if (a.v_means2d_abs) {
-        a.v_means2d_abs[2 * g] = kScale * geometry[2];
+        a.v_means2d_abs[2 * g] = kScale * ex * geometry[2];
         a.v_means2d_abs[2 * g + 1] = kScale * geometry[3];
       }
-      a.v_conics[3 * g] = -0.5f * geometry[4];
-      a.v_conics[3 * g + 1] = -geometry[5];
-      a.v_conics[3 * g + 2] = -0.5f * geometry[6];
+      // dy = h / hy, dx = e / ex - slope dy
+      const float dy_dy = geometry[6] * inverse_hy * inverse_hy, e_dy = geometry[5] * inverse_ex * inverse_hy;
+      const float dx_dy = e_dy - slope * dy_dy, dx_dx = geometry[4] * inverse_ex * inverse_ex - slope * (e_dy + dx_dy);
+      a.v_conics[3 * g] = -0.5f * dx_dx;
+      a.v_conics[3 * g + 1] = -dx_dy;
+      a.v_conics[3 * g + 2] = -0.5f * dy_dy;
       a.v_opacities[g] = geometry[7] != 0.0f ? geometry[7] / a.opacities[g] : 0.0f;
     }
   };
@@ -1167,6 +1185,61 @@ int raster_backward(const NseRasterArgs* args) {
   f.seconds[kTimeBackward] = t1 - t0;
   f.seconds[kTimeReduce] = nse_now() - t1;
   return 0;
+}
+
+// ----------------------------------------------------------------------------------------------- measurements
+
+// After raster_forward: pairs of pixel and Gaussian that were blended, and the lanes of the blocks that hold them.
+int raster_count(const NseRasterArgs* args, int64_t* blended, int64_t* lanes) {
+  const NseRasterArgs& a = *args;
+  Frame& f = *static_cast<Frame*>(a.frame);
+  const uint32_t* isect_rank = static_cast<const uint32_t*>(f.isect_rank.data);
+  const uint16_t* isect_mask = static_cast<const uint16_t*>(f.isect_mask.data);
+  const float* records = static_cast<const float*>(f.records.data);
+  *blended = *lanes = 0;
+  for (int64_t task = 0; task < a.cameras * f.tiles_x * f.tiles_y; ++task) {
+    const Tile t = find_tile(a, f, task);
+    const int32_t* last = static_cast<const int32_t*>(f.last.data) + t.state;
+    for (int64_t i = t.begin; i < t.end; ++i) {
+      const float* record = records + isect_rank[i] * f.record_stride;
+      float e0, h0;
+      form_at_tile(record, t, &e0, &h0);
+      for (uint32_t bits = isect_mask[i]; bits; bits &= bits - 1) {
+        const int b = __builtin_ctz(bits);
+        *lanes += 16;
+        for (int part = 0; part < kParts; ++part) {
+          const vf u = vload(kCentreX + b % 4 * 16 + part * VW), v = vload(kCentreY + b / 4 * 16 + part * VW);
+          const vm hit = splat_at(record, vset(e0), vset(h0), u, v).hit;
+          const vm open_lanes = vige(viload(last + b * 16 + part * VW), viset((int32_t)(i - t.begin)));
+          *blended += __builtin_popcount(vbits(vand(hit, open_lanes)));
+        }
+      }
+    }
+  }
+  return 0;
+}
+
+// Seconds of one fused multiply-add of VW lanes when nothing waits for anything: the vector rate of this machine.
+double vector_seconds() {
+  constexpr int kChains = 12, kRounds = 200000;
+  const vf factor = vset(0.999f), addend = vset(1e-3f);
+  double best = 1e30;
+  for (int attempt = 0; attempt < 8; ++attempt) {
+    vf chain[kChains];
+    for (int i = 0; i < kChains; ++i) chain[i] = vset((float)i);
+    const double start = nse_now();
+    for (int round = 0; round < kRounds; ++round) {
+#pragma GCC unroll 12
+      for (int i = 0; i < kChains; ++i) chain[i] = vfma(chain[i], factor, addend);
+    }
+    const double seconds = nse_now() - start;
+    vf sum = chain[0];
+    for (int i = 1; i < kChains; ++i) sum = sum + chain[i];
+    volatile float used = lane_sum(sum);  // or the loop would be left out
+    (void)used;
+    if (seconds < best) best = seconds;
+  }
+  return best / ((double)kChains * kRounds);
 }
 
 // ------------------------------------------------------------------------------------------------------ SSIM
@@ -1339,5 +1412,5 @@ int ssim_backward(const NseSsimArgs* args) {
 }  // namespace
 
 extern "C" const KernelTable NSE_TABLE = {
-    NSE_TABLE_NAME, project_forward, project_backward, raster_forward, raster_backward, ssim_forward, ssim_backward,
+    NSE_TABLE_NAME, project_forward, project_backward, raster_forward, raster_backward, ssim_forward, ssim_backward, raster_count, vector_seconds, VW,
 };

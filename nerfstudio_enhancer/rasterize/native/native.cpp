@@ -180,6 +180,12 @@ NSE_EXPORT int nse_raster_forward(const NseRasterArgs* a) { return chosen().rast
 NSE_EXPORT int nse_raster_backward(const NseRasterArgs* a) { return chosen().raster_backward(a); }
 NSE_EXPORT int nse_ssim_forward(const NseSsimArgs* a) { return chosen().ssim_forward(a); }
 NSE_EXPORT int nse_ssim_backward(const NseSsimArgs* a) { return chosen().ssim_backward(a); }
+// For the benchmark: blended pairs after a forward pass and the lanes spent on them; seconds of one vector multiply-add.
+NSE_EXPORT int nse_raster_count(const NseRasterArgs* a, int64_t* blended, int64_t* lanes) {
+  return chosen().raster_count(a, blended, lanes);
+}
+NSE_EXPORT double nse_vector_seconds() { return chosen().vector_seconds(); }
+NSE_EXPORT int nse_vector_width() { return chosen().vector_width; }
 
 // Frames are recycled: their memory stays mapped, which saves the page faults of a fresh allocation in every step.
 NSE_EXPORT void* nse_frame_acquire() {
