@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ LIBRARY_PATH = Path(__file__).with_name("_native.so")
 ABI_VERSION = 1
 ISA_VARIABLE = "NERFSTUDIO_ENHANCER_ISA"
 """Environment variable that forces an instruction set: avx512, avx2 or baseline."""
+INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
 
 BAD_INPUTS = {
     1: "means",
@@ -93,7 +96,8 @@ def load_library() -> ctypes.CDLL | None:
         for direction in ("forward", "backward"):
             function = getattr(library, f"nse_{name}_{direction}")
             function.argtypes, function.restype = [POINTER(struct)], c_int
-    library.nse_raster_count.argtypes = [POINTER(RasterArgs), POINTER(c_int64), POINTER(c_int64)]
+    library.nse_frame_blended.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
+    library.nse_frame_blended.restype = None
     library.nse_vector_seconds.restype = c_double
     library.nse_isa.restype = c_char_p
     library.nse_select_isa.argtypes = [c_char_p]
@@ -115,6 +119,35 @@ def load_library() -> ctypes.CDLL | None:
             "choose avx512, avx2 or baseline, or unset it."
         )
     return library
+
+
+def available_instruction_sets() -> list[str]:
+    """Kernels that this machine and build can run, best first."""
+    library = load_library()
+    if library is None:
+        return []
+    active = library.nse_isa()
+    names = [name for name in INSTRUCTION_SETS if library.nse_select_isa(name.encode())]
+    library.nse_select_isa(active)
+    return names
+
+
+@contextmanager
+def instruction_set(name: str) -> Iterator[None]:
+    """Run the kernels `name` meanwhile, in every thread of the process: for tests and measurements.
+
+    Raises:
+        ValueError: this machine or build lacks them.
+    """
+    library = load_library()
+    if name not in available_instruction_sets() or library is None:
+        raise ValueError(f"The kernels {name!r} do not run here; choose one of {available_instruction_sets()}.")
+    active = library.nse_isa()
+    library.nse_select_isa(name.encode())
+    try:
+        yield
+    finally:
+        library.nse_select_isa(active)
 
 
 def check_status(status: int) -> None:

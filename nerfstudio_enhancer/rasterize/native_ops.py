@@ -6,6 +6,7 @@ Two functions instead of one, because densification reads the gradient of the pr
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,6 +58,12 @@ class Frame:
     def bytes(self) -> int:
         """Memory that this frame holds."""
         return self._library.nse_frame_bytes(self.pointer)
+
+    def blended_pairs(self, cameras: int) -> tuple[int, int]:
+        """After a forward pass: pairs (pixel, Gaussian) that were blended, and the vector lanes of the blocks they are in."""
+        out = (ctypes.c_int64 * 2)()
+        self._library.nse_frame_blended(self.pointer, cameras, out)
+        return out[0], out[1]
 
     def seconds(self) -> dict[str, float]:
         """Wall time of the stages of the last forward and backward pass."""
@@ -170,7 +177,9 @@ class Project(torch.autograd.Function):
         features = torch.empty(*shape, channels)
         args.radii, args.means2d, args.depths = radii.data_ptr(), means2d.data_ptr(), depths.data_ptr()
         args.conics, args.opacities2d, args.features = conics.data_ptr(), opacities2d.data_ptr(), features.data_ptr()
+        start = time.perf_counter()
         check_status(native().nse_project_forward(ctypes.byref(args)))
+        ctx.forward_seconds = time.perf_counter() - start
         ctx.save_for_backward(*inputs, *cameras, radii, features)
         ctx.settings = settings
         ctx.mark_non_differentiable(radii)
@@ -201,7 +210,9 @@ class Project(torch.autograd.Function):
         args.v_scales, args.v_opacities = v_scales.data_ptr(), v_opacities.data_ptr()
         args.v_colors, args.v_extra = _pointer(v_colors), _pointer(v_extra)
         args.v_viewmats, args.v_camera_centres = _pointer(v_viewmats), _pointer(v_centres)
+        start = time.perf_counter()
         check_status(native().nse_project_backward(ctypes.byref(args)))
+        ctx.backward_seconds = time.perf_counter() - start
         return v_means, v_quats, v_scales, v_opacities, v_colors, v_extra, v_viewmats, v_centres, None, None
 
 

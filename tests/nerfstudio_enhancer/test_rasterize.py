@@ -12,21 +12,12 @@ from gsplat import DefaultStrategy
 from gsplat.rendering import rasterization as gsplat_rasterization
 
 from nerfstudio_enhancer.rasterize import backend_name, dispatch, native_library, rasterization
-from nerfstudio_enhancer.rasterize.bench import measure_step
 from nerfstudio_enhancer.rasterize.dispatch import rasterize_reference
 
 GAUSSIAN_TENSORS = ("means", "quats", "scales", "opacities", "colors", "extra_features")
 
 
-def available_instruction_sets() -> list[str]:
-    library = native_library.load_library()
-    assert library is not None, "the tests need the native library: install the package with a C++17 compiler"
-    names = [name for name in ("avx512", "avx2", "baseline") if library.nse_select_isa(name.encode())]
-    library.nse_select_isa(None)
-    return names
-
-
-@pytest.fixture(params=available_instruction_sets())
+@pytest.fixture(params=native_library.available_instruction_sets())
 def instruction_set(request, monkeypatch):
     monkeypatch.setenv(native_library.ISA_VARIABLE, request.param)
     native_library.load_library.cache_clear()
@@ -523,14 +514,6 @@ def test_the_modes_are_those_of_gsplats_signature():
     parameters = inspect.signature(gsplat_rasterization).parameters
     assert get_args(parameters["render_mode"].annotation) == dispatch.RENDER_MODES
     assert get_args(parameters["rasterize_mode"].annotation) == dispatch.RASTERIZE_MODES
-
-
-def test_the_benchmark_measures_every_stage():
-    step = measure_step(300, 48, 32, repeats=2)
-    stages = {"projection", "projection_backward", "binning", "raster_forward", "raster_backward", "reduction"}
-    assert stages | {"step", "forward", "backward", "intersections"} == step.keys()
-    assert all(value > 0 for value in step.values())
-    assert step["forward"] + step["backward"] <= step["step"] * 1.5
 
 
 @pytest.mark.gpu

@@ -36,7 +36,7 @@ struct Frame {
   Buffer last;       // int32 [C * tiles, 256]: last contributing intersection of the tile, -1 = none
   Buffer slot_used;  // uint8 [intersections]
   Buffer scratch[8];
-  int64_t visible, intersections, tiles_x, tiles_y;
+  int64_t visible, intersections, width, height, tiles_x, tiles_y;
   int32_t record_stride, slot_stride;
   double seconds[8];  // binning, raster forward, raster backward, reduction
   Frame* next;
@@ -60,7 +60,7 @@ struct KernelTable {
   int (*raster_backward)(const NseRasterArgs*);
   int (*ssim_forward)(const NseSsimArgs*);
   int (*ssim_backward)(const NseSsimArgs*);
-  int (*raster_count)(const NseRasterArgs*, int64_t* blended, int64_t* lanes);
+  void (*count_blended)(const Frame*, int64_t cameras, int64_t* blended, int64_t* lanes);
   double (*vector_seconds)();
   int vector_width;
 };

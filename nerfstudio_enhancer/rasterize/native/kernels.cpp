@@ -747,7 +747,7 @@ struct Tile {
   int64_t width, height;     // pixels of the tile inside the image
 };
 
-Tile find_tile(const NseRasterArgs& a, const Frame& f, int64_t task) {
+Tile find_tile(const Frame& f, int64_t task) {
   const uint32_t* base = static_cast<const uint32_t*>(f.tile_base.data);
   const int64_t tiles = f.tiles_x * f.tiles_y, within = task % tiles;
   Tile t;
@@ -755,7 +755,7 @@ Tile find_tile(const NseRasterArgs& a, const Frame& f, int64_t task) {
   t.x = within % f.tiles_x * kTile, t.y = within / f.tiles_x * kTile;
   t.begin = base[task], t.end = base[task + 1];
   t.state = task * kTilePixels;
-  t.width = min64(kTile, a.width - t.x), t.height = min64(kTile, a.height - t.y);
+  t.width = min64(kTile, f.width - t.x), t.height = min64(kTile, f.height - t.y);
   return t;
 }
 
@@ -793,7 +793,7 @@ NSE_INLINE Splat splat_at(const float* record, vf e0, vf h0, vf u, vf v) {
 // CH: number of channels known at compile time, or 0.
 template <int CH>
 void forward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* color) {
-  const Tile t = find_tile(a, f, task);
+  const Tile t = find_tile(f, task);
   const int channels = CH ? CH : a.channels;
   const uint32_t* isect_rank = static_cast<const uint32_t*>(f.isect_rank.data);
   const uint32_t* isect_slot = static_cast<const uint32_t*>(f.isect_slot.data);
@@ -909,7 +909,7 @@ constexpr int kSlotGeometry = 8;  // after the channels: sums of g e, g h, |g e|
 
 template <int CH, bool ABS>
 void backward_tile(const NseRasterArgs& a, Frame& f, int64_t task, float* state, float* background_sums) {
-  const Tile t = find_tile(a, f, task);
+  const Tile t = find_tile(f, task);
   const int channels = CH ? CH : a.channels;
   const uint32_t* isect_rank = static_cast<const uint32_t*>(f.isect_rank.data);
   const uint32_t* isect_slot = static_cast<const uint32_t*>(f.isect_slot.data);
@@ -1079,6 +1079,7 @@ int backward_tiles(const NseRasterArgs& a, Frame& f, int64_t tiles, float* backg
 int raster_forward(const NseRasterArgs* args) {
   const NseRasterArgs& a = *args;
   Frame& f = *static_cast<Frame*>(a.frame);
+  f.width = a.width, f.height = a.height;
   f.tiles_x = ceil_div(a.width, kTile), f.tiles_y = ceil_div(a.height, kTile);
   const int64_t tiles = a.cameras * f.tiles_x * f.tiles_y;
   const double t0 = nse_now();
@@ -1190,15 +1191,14 @@ int raster_backward(const NseRasterArgs* args) {
 // ----------------------------------------------------------------------------------------------- measurements
 
 // After raster_forward: pairs of pixel and Gaussian that were blended, and the lanes of the blocks that hold them.
-int raster_count(const NseRasterArgs* args, int64_t* blended, int64_t* lanes) {
-  const NseRasterArgs& a = *args;
-  Frame& f = *static_cast<Frame*>(a.frame);
+void count_blended(const Frame* frame, int64_t cameras, int64_t* blended, int64_t* lanes) {
+  const Frame& f = *frame;
   const uint32_t* isect_rank = static_cast<const uint32_t*>(f.isect_rank.data);
   const uint16_t* isect_mask = static_cast<const uint16_t*>(f.isect_mask.data);
   const float* records = static_cast<const float*>(f.records.data);
   *blended = *lanes = 0;
-  for (int64_t task = 0; task < a.cameras * f.tiles_x * f.tiles_y; ++task) {
-    const Tile t = find_tile(a, f, task);
+  for (int64_t task = 0; task < cameras * f.tiles_x * f.tiles_y; ++task) {
+    const Tile t = find_tile(f, task);
     const int32_t* last = static_cast<const int32_t*>(f.last.data) + t.state;
     for (int64_t i = t.begin; i < t.end; ++i) {
       const float* record = records + isect_rank[i] * f.record_stride;
@@ -1216,7 +1216,6 @@ int raster_count(const NseRasterArgs* args, int64_t* blended, int64_t* lanes) {
       }
     }
   }
-  return 0;
 }
 
 // Seconds of one fused multiply-add of VW lanes when nothing waits for anything: the vector rate of this machine.
@@ -1412,5 +1411,5 @@ int ssim_backward(const NseSsimArgs* args) {
 }  // namespace
 
 extern "C" const KernelTable NSE_TABLE = {
-    NSE_TABLE_NAME, project_forward, project_backward, raster_forward, raster_backward, ssim_forward, ssim_backward, raster_count, vector_seconds, VW,
+    NSE_TABLE_NAME, project_forward, project_backward, raster_forward, raster_backward, ssim_forward, ssim_backward, count_blended, vector_seconds, VW,
 };

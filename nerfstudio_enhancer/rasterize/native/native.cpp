@@ -180,10 +180,7 @@ NSE_EXPORT int nse_raster_forward(const NseRasterArgs* a) { return chosen().rast
 NSE_EXPORT int nse_raster_backward(const NseRasterArgs* a) { return chosen().raster_backward(a); }
 NSE_EXPORT int nse_ssim_forward(const NseSsimArgs* a) { return chosen().ssim_forward(a); }
 NSE_EXPORT int nse_ssim_backward(const NseSsimArgs* a) { return chosen().ssim_backward(a); }
-// For the benchmark: blended pairs after a forward pass and the lanes spent on them; seconds of one vector multiply-add.
-NSE_EXPORT int nse_raster_count(const NseRasterArgs* a, int64_t* blended, int64_t* lanes) {
-  return chosen().raster_count(a, blended, lanes);
-}
+// For the benchmark: seconds of one vector multiply-add, and its lanes.
 NSE_EXPORT double nse_vector_seconds() { return chosen().vector_seconds(); }
 NSE_EXPORT int nse_vector_width() { return chosen().vector_width; }
 
@@ -214,6 +211,10 @@ NSE_EXPORT void nse_frame_release(void* pointer) {
 }
 
 NSE_EXPORT int64_t nse_frame_intersections(const void* frame) { return static_cast<const Frame*>(frame)->intersections; }
+// For the benchmark, after a forward pass: blended pairs of pixel and Gaussian, and the lanes of the blocks they are in.
+NSE_EXPORT void nse_frame_blended(const void* frame, int64_t cameras, int64_t* out) {
+  chosen().count_blended(static_cast<const Frame*>(frame), cameras, out, out + 1);
+}
 NSE_EXPORT int64_t nse_frame_bytes(void* pointer) {
   int64_t bytes = 0;
   for_each_buffer(static_cast<Frame*>(pointer), [&](Buffer* b) { bytes += static_cast<int64_t>(b->capacity); });
