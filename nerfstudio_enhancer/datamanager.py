@@ -9,6 +9,10 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
 from nerfstudio_enhancer.random_state import step_generator
+from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
+
+TRUSTED_DEPTH = "trusted_depth"
+"""Key of a batch under which the stereo depth of its reference lies."""
 
 
 @dataclass
@@ -30,6 +34,7 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         self.enhanced_views: EnhancedViewStore | None = None
         self.enhanced_ratio = 0.0
         self.seed = 0
+        self._depth_at_reference: dict[int, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
 
     def create_train_dataset(self) -> InputDataset:
@@ -52,8 +57,24 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         enhanced = self.enhanced_views
         if enhanced is not None and enhanced.num_views and torch.rand((), generator=generator) < self.enhanced_ratio:
             return enhanced.draw(generator, self.device)
-        self.train_unseen_cameras = [self._reference_index(step)]
-        return super().next_train(step)
+        index = self._reference_index(step)
+        self.train_unseen_cameras = [index]
+        camera, batch = super().next_train(step)
+        depth = self._trusted_depth(index)
+        if depth is not None:
+            batch[TRUSTED_DEPTH] = depth.to(self.device)
+        return camera, batch
+
+    def _trusted_depth(self, index: int) -> torch.Tensor | None:
+        """Stereo depth of a reference at its training camera [h w 1], 0 where there is none; None without stereo."""
+        depths = self.train_dataparser_outputs.metadata.get(STEREO_DEPTH, ())
+        if not depths:
+            return None
+        if index not in self._depth_at_reference:
+            from nerfstudio_enhancer.stereo.seeds import trusted_depth
+
+            self._depth_at_reference[index] = trusted_depth(depths[index], self.train_cameras[index : index + 1])
+        return self._depth_at_reference[index]
 
     def load_images(self, dataset: InputDataset) -> list[dict]:
         """Read and undistort a dataset's photographs as nerfstudio does for training; updates its cameras in place."""

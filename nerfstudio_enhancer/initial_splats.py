@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from time import perf_counter
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -18,9 +18,19 @@ from torch import Tensor
 
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
 from nerfstudio_enhancer.focus import focus_of_axes
+from nerfstudio_enhancer.stereo.config import StereoConfig
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.stereo.depth import StereoDepth
+
+STEREO_SEED = 0
+"""Of the random changes in stereo refinement and of the choice among its points: what is seen depends on no seed."""
 
 CANDIDATES_AT_ONCE = 1 << 16
 """Descriptor pairs compared at once: bounds the memory, not the result."""
+
+SeedSource = Literal["auto", "sfm", "stereo", "triangulated", "random"]
+"""Where seed points come from."""
 
 NUM_NEIGHBOURS = 8
 """Neighbours in the picture whose depth a point is compared with."""
@@ -71,8 +81,14 @@ class SeedPointsConfig:
     """Share of the triangulated depths left out at either end before the depth range of random points is taken."""
     far_margin: float = 1.5
     """The depth range of random points ends at this multiple of the farthest trusted depth."""
+    max_stereo_points: int = 20000
+    """Most points taken from stereo depth."""
+    max_stereo_views: int = 32
+    """With more reference views stereo is left out unless asked for: its time grows with them, its use shrinks."""
     triangulation: TriangulationConfig = field(default_factory=TriangulationConfig)
     """Features, matching and triangulation."""
+    stereo: StereoConfig = field(default_factory=StereoConfig)
+    """Depth of the reference views."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +100,9 @@ class SeedPoints:
     rgb: UInt8[Tensor, "n 3"]
     """sRGB."""
     num_seen: int
-    """The first so many are triangulated from photographs, the others random."""
+    """The first so many are placed where photographs agree, the others random."""
+    depths: tuple["StereoDepth", ...] = ()
+    """Stereo depth of each reference view; empty where stereo was not used."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +230,7 @@ class ReferenceView:
 
 def seed_points(
     views: Sequence[ReferenceView],
-    source: Literal["auto", "sfm", "triangulated", "random"],
+    source: SeedSource,
     config: SeedPointsConfig,
     generator: torch.Generator,
     tracks: Tracks | None = None,
@@ -221,7 +239,7 @@ def seed_points(
 
     Args:
         views: reference views, at least one; `random` does not read their photographs.
-        source: `auto` takes SfM tracks or matched features, whichever gives more points.
+        source: `auto` takes SfM tracks or matched features, whichever gives more points, and stereo depth besides.
         config: numbers of points and thresholds.
         generator: for random points; the result is a function of it and of the views.
         tracks: SfM observations by these views, if the capture has a COLMAP model.
@@ -242,7 +260,7 @@ def seed_points(
     found, name = [], ""
     if tracks is not None and source in ("auto", "sfm"):
         found, name = [triangulate(views, tracks, config.triangulation)], "from SfM observations"
-    if source in ("auto", "triangulated"):
+    if source in ("auto", "stereo", "triangulated"):
         matched = triangulate(views, match_features(views, config.triangulation), config.triangulation)
         if not found or matched.num_seen > found[0].num_seen:
             found, name = [matched], "triangulated"
@@ -253,13 +271,40 @@ def seed_points(
             f"{config.min_triangulated} are needed; taking {config.min_points:,} random ones instead."
         )
         return random_points_in_region(views, config.min_points, generator)
+    depths: tuple = ()
+    if source == "stereo" or (source == "auto" and len(views) <= config.max_stereo_views):
+        seen, depths = _with_stereo(views, seen, config)
+        name += f" and by stereo (consistent depth on {_share_with_depth(depths):.0%} of the pixels)"
     num_random = max(config.num_random_points, config.min_points - seen.num_seen)
-    random = random_points_in_frusta(views, seen.xyz.double().numpy(), num_random, config, generator)
+    random = random_points_in_frusta(views, seen.xyz.double().numpy(), num_random, config, generator, depths)
     CONSOLE.log(
         f"Seed points: {seen.num_seen:,} {name} + {num_random:,} random in the frusta of {len(views)} reference views "
         f"({perf_counter() - start:.1f} s)."
     )
-    return SeedPoints(torch.cat([seen.xyz, random.xyz]), torch.cat([seen.rgb, random.rgb]), seen.num_seen)
+    return SeedPoints(torch.cat([seen.xyz, random.xyz]), torch.cat([seen.rgb, random.rgb]), seen.num_seen, depths)
+
+
+def _with_stereo(
+    views: Sequence[ReferenceView], seen: SeedPoints, config: SeedPointsConfig
+) -> tuple[SeedPoints, tuple["StereoDepth", ...]]:
+    """Points where stereo depth is consistent, before the given ones, and the depth itself: a function of the views."""
+    from nerfstudio_enhancer.stereo.seeds import consistent_points, stereo_depths
+
+    ranges = [
+        (near * config.stereo.nearer, far * config.stereo.farther)
+        for near, far in _depth_ranges(views, seen.xyz.double().numpy(), config)
+    ]
+    generator = torch.Generator().manual_seed(STEREO_SEED)
+    depths = stereo_depths(views, ranges, config.stereo, generator)
+    points = consistent_points(depths, config.max_stereo_points, generator)
+    both = SeedPoints(
+        torch.cat([points.xyz, seen.xyz]), torch.cat([points.rgb, seen.rgb]), points.num_seen + seen.num_seen
+    )
+    return both, tuple(depths)
+
+
+def _share_with_depth(depths: Sequence["StereoDepth"]) -> float:
+    return float(np.mean([float(depth.consistent.float().mean()) for depth in depths]))
 
 
 # ------------------------------------------------------------------------------------------------- features
@@ -611,24 +656,30 @@ def random_points_in_frusta(
     num_points: int,
     config: SeedPointsConfig,
     generator: torch.Generator,
+    depths: Sequence["StereoDepth"] = (),
 ) -> SeedPoints:
     """Random pixels of random references, put at a random depth within the depths of the points seen there.
 
     The depth is uniform in its logarithm; the colour is that of the pixel. A reference that sees fewer than
-    `min_triangulated` points takes the depth range of all of them.
+    `min_triangulated` points takes the depth range of all of them. Pixels with stereo depth get no random point.
     """
     if num_points <= 0:
         return _no_points()
-    depths = [_depths(view, seen) for view in views]
-    everywhere = np.concatenate(depths)
+    ranges = _depth_ranges(views, seen, config)
     view_index = torch.randint(len(views), (num_points,), generator=generator).numpy()
     where = torch.rand(num_points, 2, generator=generator, dtype=torch.float64).numpy()
     between = torch.rand(num_points, generator=generator, dtype=torch.float64).numpy()
     xyz, rgb = np.empty((num_points, 3)), np.empty((num_points, 3), dtype=np.uint8)
     for index, view in enumerate(views):
         chosen = view_index == index
-        near, far = _depth_range(depths[index] if len(depths[index]) >= config.min_triangulated else everywhere, config)
-        pixel = _usable_pixels(view, where[chosen])
+        near, far = ranges[index][0], ranges[index][1] * config.far_margin
+        usable = view.usable
+        if depths:
+            from nerfstudio_enhancer.stereo.seeds import unexplained_pixels
+
+            unexplained = usable & unexplained_pixels(depths[index], view)
+            usable = unexplained if unexplained.any() else usable
+        pixel = _pixels_among(usable, where[chosen])
         xyz[chosen] = view.to_world(_finite_rays(view.normalised(pixel)), near * (far / near) ** between[chosen])
         rgb[chosen] = view.colours_at(pixel)
     return SeedPoints(torch.from_numpy(xyz.astype(np.float32)), torch.from_numpy(rgb), 0)
@@ -639,18 +690,24 @@ def _depths(view: ReferenceView, points: np.ndarray) -> Float[np.ndarray, " m"]:
     return visible @ view.world_to_camera[2, :3] + view.world_to_camera[2, 3]
 
 
-def _depth_range(depths: np.ndarray, config: SeedPointsConfig) -> tuple[float, float]:
-    near, far = np.quantile(depths, [config.depth_quantile, 1 - config.depth_quantile])
-    return float(near), float(far * config.far_margin)
+def _depth_ranges(
+    views: Sequence[ReferenceView], seen: Float[np.ndarray, "n 3"], config: SeedPointsConfig
+) -> list[tuple[float, float]]:
+    """Near and far depth of the points that each view sees; of those in all views where it sees too few."""
+    depths = [_depths(view, seen) for view in views]
+    everywhere = np.concatenate(depths)
+    quantiles = [config.depth_quantile, 1 - config.depth_quantile]
+    ranges = [np.quantile(own if len(own) >= config.min_triangulated else everywhere, quantiles) for own in depths]
+    return [(float(near), float(far)) for near, far in ranges]
 
 
-def _usable_pixels(view: ReferenceView, where: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, "m 2"]:
+def _pixels_among(usable: Bool[np.ndarray, "h w"], where: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, "m 2"]:
     """Turn numbers in [0, 1) into pixel positions among the pixels that may be used."""
-    if view.usable.all():
-        return where * [view.width, view.height]
-    usable = np.flatnonzero(view.usable)
-    chosen = usable[(where[:, 0] * len(usable)).astype(int)]
-    return np.stack([chosen % view.width, chosen // view.width], axis=1) + 0.5
+    height, width = usable.shape
+    if usable.all():
+        return where * [width, height]
+    chosen = np.flatnonzero(usable)[(where[:, 0] * usable.sum()).astype(int)]
+    return np.stack([chosen % width, chosen // width], axis=1) + 0.5
 
 
 def _finite_rays(normalised: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, "m 2"]:

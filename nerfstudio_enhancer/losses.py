@@ -28,3 +28,24 @@ def confidence_weighted_photometric(
     l1 = (pixel_confidence * torch.abs(target - rendered)).mean()
     dssim = 1 - fused_ssim(rendered.permute(2, 0, 1)[None], target.permute(2, 0, 1)[None])
     return image_confidence * ((1 - ssim_lambda) * l1 + ssim_lambda * dssim)
+
+
+def depth_loss(
+    depth: Float[Tensor, "h w 1"], alpha: Float[Tensor, "h w 1"], trusted: Float[Tensor, "h w 1"]
+) -> Float[Tensor, ""]:
+    """Mean of |log depth - log trusted depth| over the pixels with trusted depth, each weighted by its opacity.
+
+    The logarithm makes it free of the scene's scale, and one far splat counts no more than one near by.
+
+    Args:
+        depth: expected depth of the render, world units, > 0 where something is seen.
+        alpha: accumulated opacity in [0, 1]; no gradient flows into it.
+        trusted: depth to be had, 0 where none is known.
+    """
+    weight = alpha.detach() * (trusted > 0)
+    ratio = torch.log(depth.clamp(min=DEPTH_FLOOR)) - torch.log(trusted.clamp(min=DEPTH_FLOOR))
+    return (weight * ratio.abs()).sum() / weight.sum().clamp(min=1.0)
+
+
+DEPTH_FLOOR = 1e-6
+"""Smallest depth that is told from others, world units."""

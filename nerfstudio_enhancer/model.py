@@ -22,8 +22,9 @@ from torch import Tensor
 
 from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
+from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
-from nerfstudio_enhancer.losses import confidence_weighted_photometric
+from nerfstudio_enhancer.losses import confidence_weighted_photometric, depth_loss
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.viewer import EnhancerControls
@@ -53,6 +54,9 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     fill_background: Literal["reference-mean", "splatfacto"] = "reference-mean"
     """Colour behind the splats in evaluation and in the prior's input: the mean colour of the reference photographs, or
     splatfacto's own fixed colour. Training composites on random colours either way."""
+    depth_weight: float = 0.0
+    """Weight of the depth loss: on reference views the rendered depth is pulled to the stereo depth where that is
+    consistent. 0 is splatfacto."""
     gaussian_dropout: float = 0.0
     """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
@@ -206,7 +210,7 @@ class EnhancerModel(SplatfactoModel):
         self.last_size = (height, width)
         colors, sh_degree = self._colors(params)
         scales = torch.exp(params["scales"])
-        with_depth = self.config.output_depth_during_training or not self.training
+        with_depth = self.config.output_depth_during_training or self.config.depth_weight > 0 or not self.training
         render, alpha, self.info = rasterization(
             means=params["means"],
             quats=params["quats"],
@@ -296,7 +300,13 @@ class EnhancerModel(SplatfactoModel):
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         """Splatfacto's loss on references; on enhanced views the photometric term alone, weighted by confidence."""
         if "pixel_confidence" not in batch:
-            return super().get_loss_dict(outputs, batch, metrics_dict)
+            losses = super().get_loss_dict(outputs, batch, metrics_dict)
+            if self.config.depth_weight > 0 and TRUSTED_DEPTH in batch:
+                depth = outputs["depth"]
+                trusted = _nearest(batch[TRUSTED_DEPTH].to(depth), depth.shape[0], depth.shape[1])
+                loss = depth_loss(depth, outputs["accumulation"], trusted)
+                losses["depth_loss"] = self.config.depth_weight * loss
+            return losses
         main_loss = confidence_weighted_photometric(
             outputs["rgb"],
             self.get_gt_img(batch["image"]),
@@ -305,6 +315,14 @@ class EnhancerModel(SplatfactoModel):
             self.config.ssim_lambda,
         )
         return {"main_loss": main_loss}
+
+
+def _nearest(image: Tensor, height: int, width: int) -> Tensor:
+    """An image [h w c] at another size without mixing its values: beside trusted depth may lie none (0)."""
+    if tuple(image.shape[:2]) == (height, width):
+        return image
+    resized = torch.nn.functional.interpolate(image.permute(2, 0, 1)[None], (height, width), mode="nearest-exact")
+    return resized[0].permute(1, 2, 0)
 
 
 def _ssim_as_splatfacto_calls_it(target: Tensor, rendered: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
-from nerfstudio_enhancer.initial_splats import SeedPointsConfig
+from nerfstudio_enhancer.initial_splats import SeedPointsConfig, SeedSource
 from nerfstudio_enhancer.scene.capture import Capture, Frame, read_capture
 from nerfstudio_enhancer.scene.photographs import checked_photographs, read_rgb_and_usable
 from nerfstudio_enhancer.scene.splits import ViewSplit, split_views
+
+STEREO_DEPTH = "stereo_depth"
+"""Key of the train split's metadata under which the references' stereo depth lies, a tuple that may be empty."""
 
 RIGID_TOLERANCE = 1e-3
 """Largest deviation of R^T R from the identity: poses are written with at least four digits."""
@@ -37,10 +40,11 @@ class SparseViewsDataParserConfig(DataParserConfig):
     """Names of the reference photographs, instead of `num_views`."""
     test_every: int = 8
     """Every how many of the other photographs one is a test view; the others stay unused."""
-    seed_points: Literal["auto", "sfm", "triangulated", "random"] = "auto"
+    seed_points: SeedSource = "auto"
     """Where the first splats lie. sfm: points of the capture's COLMAP model that reference views observe, placed anew
-    from these observations. triangulated: SIFT points matched between the reference photographs. random: uniformly in
-    the references' joint region, without looking at a photograph (the paper). auto: the best of these to be had."""
+    from these observations. triangulated: SIFT points matched between the reference photographs. stereo: these, and
+    dense points from multi-view stereo between the references. random: uniformly in the references' joint region,
+    without looking at a photograph (the paper). auto: the best of these to be had."""
     initial: SeedPointsConfig = field(default_factory=SeedPointsConfig)
     """How seed points are found and how many random ones are added."""
     seed: int = 0
@@ -148,8 +152,8 @@ class SparseViewsDataParser(DataParser):
 
     def _seed_points(
         self, capture: Capture, frames: list[Frame], cameras: Cameras, normalisation: WorldNormalisation
-    ) -> dict[str, Tensor]:
-        """Metadata from which splatfacto makes its first splats."""
+    ) -> dict[str, Any]:
+        """Metadata from which splatfacto makes its first splats, and the references' stereo depth."""
         from nerfstudio_enhancer.initial_splats import ReferenceView, seed_points
         from nerfstudio_enhancer.scene.point_clouds import read_capture_points, reference_tracks
 
@@ -176,7 +180,7 @@ class SparseViewsDataParser(DataParser):
             generator=torch.Generator().manual_seed(self.config.seed),
             tracks=reference_tracks(capture, frames) if self.config.seed_points in ("auto", "sfm") else None,
         )
-        return {"points3D_xyz": points.xyz, "points3D_rgb": points.rgb}
+        return {"points3D_xyz": points.xyz, "points3D_rgb": points.rgb, STEREO_DEPTH: points.depths}
 
 
 def check_poses(frames: list[Frame]) -> None:

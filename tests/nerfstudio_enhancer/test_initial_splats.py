@@ -246,7 +246,7 @@ def test_sfm_tracks_are_taken_where_they_give_more_points(textured: TinyScene) -
         np.concatenate([ids for ids, _ in seen]),
         np.concatenate([pixel for _, pixel in seen]),
     )
-    config = SeedPointsConfig(num_random_points=0, min_points=0)
+    config = SeedPointsConfig(num_random_points=0, min_points=0, max_stereo_views=0)
     generator = torch.Generator().manual_seed(0)
     views = views_of(textured, [0, 1, 2])
     from_tracks = seed_points(views, "auto", config, generator, tracks)

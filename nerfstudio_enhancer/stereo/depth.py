@@ -1,0 +1,149 @@
+"""Depth of all reference views: sweep, refine, and keep what the views say alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
+from nerfstudio_enhancer.stereo.refine import Planes, Refinement, planes_seen_from
+from nerfstudio_enhancer.stereo.sweep import (
+    aggregate,
+    inverse_depth_planes,
+    matching_cost,
+    pixel_grid,
+    winner,
+)
+from nerfstudio_enhancer.stereo.views import StereoView, choose_sources
+
+
+@dataclass(frozen=True)
+class StereoDepth:
+    """What stereo says of one reference view."""
+
+    view: StereoView
+    """The picture at the depth map's resolution, and its camera."""
+    depth: Float[Tensor, "h w"]
+    """Along the optical axis, world units."""
+    gradient: Float[Tensor, "2 h w"]
+    """Change of the inverse depth per pixel along u and v."""
+    cost: Float[Tensor, "h w"]
+    """Matching cost in [0, 1]."""
+    agreeing: Int[Tensor, "h w"]
+    """Number of other views that see the same depth there."""
+    consistent: Bool[Tensor, "h w"]
+    """Pixels whose depth is trusted."""
+
+
+def estimate_depth(
+    views: Sequence[StereoView],
+    depth_ranges: Sequence[tuple[float, float]],
+    config: StereoConfig,
+    generator: torch.Generator,
+) -> list[StereoDepth]:
+    """Depth of every view; nothing is consistent where no other view overlaps.
+
+    Args:
+        views: undistorted reference views; those smaller than `refine_px` keep their size.
+        depth_ranges: near and far depth of each view, world units.
+        config: settings.
+        generator: of the refinement's random changes.
+    """
+    fine = [view.resized(min(config.refine_px, max(view.size))) for view in views]
+    coarse = [view.resized(min(config.sweep_px, max(view.size))) for view in views]
+    sources = choose_sources(fine, depth_ranges, config.max_sources)
+    refinements = []
+    for index, depth_range in enumerate(depth_ranges):
+        others = sources[index]
+        if not others:
+            refinements.append(None)
+            continue
+        inverse, planes = _swept(coarse[index], [coarse[i] for i in others], depth_range, config.sweep)
+        inverse = F.interpolate(inverse[None, None], fine[index].size, mode="nearest")[0, 0]
+        bounds, step = (float(planes[0]), float(planes[-1])), float(planes[1] - planes[0])
+        refinements.append(
+            Refinement(fine[index], [fine[i] for i in others], inverse, step, bounds, config.refine, generator)
+        )
+    _refine(refinements, fine, sources, config.refine)
+    found = [None if refinement is None else refinement.planes for refinement in refinements]
+    return [_checked(index, fine, found, config) for index in range(len(fine))]
+
+
+def _swept(
+    view: StereoView, sources: Sequence[StereoView], depth_range: tuple[float, float], config: SweepConfig
+) -> tuple[Float[Tensor, "h w"], Float[Tensor, " d"]]:
+    """First inverse depth of a view, and the planes that were tried."""
+    planes = inverse_depth_planes(view, sources, depth_range, config)
+    cost = matching_cost(view, sources, planes, config)
+    return winner(aggregate(cost, view.grey, config), planes), planes
+
+
+def _refine(
+    refinements: Sequence[Refinement | None],
+    views: Sequence[StereoView],
+    sources: Sequence[Sequence[int]],
+    config: RefineConfig,
+) -> None:
+    """Refine all views, in turns: planes that match in one view are offered to the others."""
+    for iteration in range(config.iterations):
+        for index, refinement in enumerate(refinements):
+            if refinement is None:
+                continue
+            for other in sources[index] if iteration > 0 else ():
+                theirs = refinements[other]
+                if theirs is not None:
+                    seen = planes_seen_from(views[index], views[other], theirs.planes, config.max_offered_cost)
+                    refinement.offer(torch.where(seen[0] > 0, seen, refinement.planes.state))
+            refinement.iterate(0.5 ** (iteration + 1))
+
+
+def _checked(
+    index: int, views: Sequence[StereoView], planes: Sequence[Planes | None], config: StereoConfig
+) -> StereoDepth:
+    """One view's depth and where the other views confirm it."""
+    view, own = views[index], planes[index]
+    agreeing = torch.zeros(view.size, dtype=torch.int64, device=view.grey.device)
+    if own is None:
+        empty = torch.zeros_like(view.grey)
+        return StereoDepth(view, empty, torch.stack([empty, empty]), empty + 1, agreeing, agreeing.bool())
+    depth = 1 / own.state[0]
+    for other, theirs in enumerate(planes):
+        if other != index and theirs is not None:
+            agreeing += _agrees(view, depth, views[other], 1 / theirs.state[0], config)
+    consistent = (agreeing >= config.min_agreeing) & (own.cost <= config.max_cost) & view.usable
+    return StereoDepth(view, depth, own.state[1:], own.cost, agreeing, consistent)
+
+
+def _agrees(
+    view: StereoView,
+    depth: Float[Tensor, "h w"],
+    other: StereoView,
+    other_depth: Float[Tensor, "h w"],
+    config: StereoConfig,
+) -> Bool[Tensor, "h w"]:
+    """Pixels that come back to themselves through the other view's depth."""
+    grid = pixel_grid(view)
+    to_other = other.world_to_camera @ torch.linalg.inv(view.world_to_camera)
+    points = torch.einsum("ij,jhw->ihw", torch.linalg.inv(view.intrinsics).to(depth), grid) * depth
+    there = torch.einsum("ij,jhw->ihw", to_other[:3, :3].to(depth), points) + to_other[:3, 3].to(depth)[:, None, None]
+    pixel = torch.einsum("ij,jhw->ihw", other.intrinsics.to(depth), there)
+    pixel = pixel[:2] / pixel[2:].clamp(min=1e-9)
+    height, width = other.size
+    inside = (there[2] > 1e-9) & (pixel[0] >= 0) & (pixel[1] >= 0) & (pixel[0] < width) & (pixel[1] < height)
+    column, row = pixel[0].long().clamp(0, width - 1), pixel[1].long().clamp(0, height - 1)
+    its_depth = other_depth[row, column]
+    # The other view's depth at the centre of its pixel, looked at from here.
+    centre = torch.stack([column + 0.5, row + 0.5, torch.ones_like(its_depth)])
+    in_other = torch.einsum("ij,jhw->ihw", torch.linalg.inv(other.intrinsics).to(depth), centre) * its_depth
+    back = torch.linalg.inv(to_other)
+    here = torch.einsum("ij,jhw->ihw", back[:3, :3].to(depth), in_other) + back[:3, 3].to(depth)[:, None, None]
+    returned = torch.einsum("ij,jhw->ihw", view.intrinsics.to(depth), here)
+    returned = returned[:2] / returned[2:].clamp(min=1e-9)
+    distance = (returned - grid[:2]).norm(dim=0)
+    relative = (here[2] - depth).abs() / depth.clamp(min=1e-9)
+    return inside & (its_depth > 0) & (distance <= config.max_reprojection_px) & (relative <= config.max_relative_depth)
