@@ -8,7 +8,7 @@ headers, no Python API. Without a compiler the installation succeeds with a warn
 from __future__ import annotations
 
 import os
-import platform
+import runpy
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -16,23 +16,7 @@ from setuptools.command.build_ext import build_ext
 
 NATIVE = "nerfstudio_enhancer/rasterize/native"
 LIBRARY = "nerfstudio_enhancer.rasterize._native"
-COMMON_FLAGS = [
-    "-std=c++17",
-    "-O3",
-    "-g0",
-    "-fPIC",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-    "-Wall",
-]
-# GCC's AVX-512 headers initialise undefined registers from themselves, which GCC 12 then reports.
-KERNEL_FLAGS = ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-unknown-warning-option"]
-VARIANTS = {
-    "baseline": [],
-    "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
-    "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mbmi", "-mbmi2"],
-}
+flags = runpy.run_path("nerfstudio_enhancer/rasterize/compile_flags.py")
 
 
 class BuildNative(build_ext):
@@ -46,21 +30,23 @@ class BuildNative(build_ext):
         """Compile and link; a CompileError becomes a warning, because the extension is optional."""
         # `CFLAGS` of the Python build must not widen the instruction set (`-march=native`) of the shared parts.
         extra = os.environ.get("NERFSTUDIO_ENHANCER_CXXFLAGS", "").split()
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        variants = VARIANTS if x86 else {"baseline": []}
-        common = [*COMMON_FLAGS, *(["-DNSE_X86_VARIANTS"] if x86 else []), *extra]
+        common = ["-O3", "-g0", *flags["COMMON_FLAGS"], *extra]
         compiler = self.compiler
         if compiler is None:
             raise RuntimeError("build_extension was called before a compiler was chosen.")
         objects = compiler.compile(
-            [f"{NATIVE}/native.cpp"], output_dir=self.build_temp, extra_postargs=common, depends=ext.depends
+            [f"{NATIVE}/native.cpp"],
+            output_dir=self.build_temp,
+            macros=flags["SHARED_DEFINES"],
+            extra_postargs=common,
+            depends=ext.depends,
         )
-        for name, flags in variants.items():
+        for name, variant in flags["VARIANTS"].items():
             objects += compiler.compile(
                 [f"{NATIVE}/kernels.cpp"],
                 output_dir=os.path.join(self.build_temp, name),
-                macros=[("NSE_TABLE", f"nse_kernels_{name}"), ("NSE_TABLE_NAME", f'"{name}"')],
-                extra_postargs=[*common, *KERNEL_FLAGS, *flags],
+                macros=flags["variant_defines"](name),
+                extra_postargs=[*common, *flags["KERNEL_FLAGS"], *variant],
                 depends=ext.depends,
             )
         target = Path(self.get_ext_fullpath(ext.name))

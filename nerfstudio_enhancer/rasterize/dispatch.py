@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nerfstudio_enhancer.rasterize import reference
+from nerfstudio_enhancer.rasterize.gsplat_on_cpu import let_strategies_run
 from nerfstudio_enhancer.rasterize.native_library import load_library
 from nerfstudio_enhancer.rasterize.native_ops import TILE_SIZE, Frame, Project, ProjectSettings, Rasterize
 
@@ -56,7 +57,8 @@ def rasterization(
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Rasterise 3D Gaussians into images: `gsplat.rendering.rasterization` of gsplat 1.4.0, on any device.
 
-    CUDA tensors go to gsplat. CPU tensors (float32) go to the native library, or to the torch reference, with a warning,
+    gsplat's strategies (DefaultStrategy, MCMCStrategy) work with it on a CPU, also where gsplat has CUDA code only. CUDA
+    tensors go to gsplat. CPU tensors (float32) go to the native library, or to the torch reference, with a warning,
     where the library could not be built. Gradients reach means, quats, scales, opacities, colors, extra_features,
     backgrounds and viewmats; not Ks, as in gsplat.
 
@@ -140,6 +142,7 @@ def rasterization(
         if value != wanted:
             raise ValueError(f"`{name}` must be {wanted!r} on a CPU, got {value!r}; other values need CUDA tensors.")
     check_inputs(means, quats, scales, opacities, colors, viewmats, Ks, width, height, **options)
+    let_strategies_run()
     if load_library() is None:
         _warn_slow()
         _check_finite({"means": means, "quats": quats, "scales": scales, "opacities": opacities, "colors": colors})

@@ -580,7 +580,7 @@ DepthKey* radix_sort(DepthKey* from, DepthKey* to, int64_t n) {
 }
 
 #define RESERVE(type, name, buffer, count)                                                    \
-  type* name = static_cast<type*>(nse_reserve(&(buffer), sizeof(type) * (size_t)((count) + 16))); \
+  type* name = static_cast<type*>(nse_reserve(&(buffer), sizeof(type) * (size_t)max64(1, count))); \
   if (!name) return NSE_OUT_OF_MEMORY
 
 // Fills the frame up to isect_mask. "Visible" indices count the drawn Gaussians in the order of the input.

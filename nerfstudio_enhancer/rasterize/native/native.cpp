@@ -107,6 +107,15 @@ void for_each_buffer(Frame* frame, F body) {
   for (Buffer& b : frame->scratch) body(&b);
 }
 
+// Half of the machine's memory. An operating system that promises more than it has would kill the process instead.
+size_t largest_buffer() {
+#if defined(_SC_PHYS_PAGES)
+  static const long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+  if (pages > 0 && page > 0) return static_cast<size_t>(pages) / 2 * static_cast<size_t>(page);
+#endif
+  return SIZE_MAX / 2;
+}
+
 // ------------------------------------------------------------------------------------------------- instruction set
 
 const KernelTable* kernels = nullptr;
@@ -140,9 +149,15 @@ extern "C" __attribute__((visibility("hidden"))) void nse_parallel(int threads, 
 }
 
 extern "C" __attribute__((visibility("hidden"))) void* nse_reserve(Buffer* buffer, size_t bytes) {
+#if defined(NSE_EXACT_BUFFERS)  // sanitizer builds: nothing is recycled, and the first byte behind the buffer is forbidden
+  std::free(buffer->data);
+  buffer->capacity = posix_memalign(&buffer->data, 64, bytes) ? 0 : bytes;
+  return buffer->capacity ? buffer->data : nullptr;
+#endif
   if (buffer->capacity >= bytes) return buffer->data;
   std::free(buffer->data);
   buffer->data = nullptr, buffer->capacity = 0;
+  if (bytes > largest_buffer()) return nullptr;
   constexpr size_t kHuge = size_t(2) << 20;
   size_t capacity = (bytes + bytes / 4 + 4095) / 4096 * 4096;
   const size_t alignment = capacity >= kHuge ? kHuge : 64;
