@@ -21,8 +21,8 @@ from nerfstudio_enhancer.evaluation.methods import (
     method_config,
     model_of,
     set_prior,
-    with_random_points,
-    without_additions,
+    with_additions,
+    with_seed_points,
 )
 from nerfstudio_enhancer.jobs import peak_rss_mb
 
@@ -42,10 +42,8 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     if settings.scale.steps is not None:
         fit_schedule(config, settings.scale.steps)
     set_prior(config, settings.prior if method.feed == "enhanced" else "none", method.feed or "enhanced")
-    if not method.additions:
-        without_additions(config)
-    if method.random_points:
-        with_random_points(config)
+    with_additions(config, method.additions)
+    with_seed_points(config, method.seed_points)
     datamanager, dataparser = datamanager_of(config), dataparser_of(config)
     config.data = datamanager.data = cell.data
     dataparser.num_views = cell.views
@@ -150,9 +148,9 @@ def _train(config: TrainerConfig) -> tuple[Trainer, float]:
     """
     shutil.rmtree(config.get_base_dir(), ignore_errors=True)
     config.save_config()
-    if config.load_dir is not None:
+    if config.load_dir is not None and model_of(config).depth_weight == 0:
         # The splats come from a checkpoint: seed points would only be searched to be thrown away.
-        with_random_points(config)
+        with_seed_points(config, "random")
     begin_s = time.monotonic()
     set_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 
 Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs"]
+SeedSource = Literal["auto", "sfm", "stereo", "triangulated", "random"]
+
+Addition = Literal["background", "depth", "regularisation"]
+ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation")
+"""What the method adds to splatfacto beside seed points and prior."""
 
 METHOD_NAME = "3dgs-enhancer"
 
@@ -23,22 +29,26 @@ class Method:
 
     title: str
     """What it is, in words for the table."""
-    additions: bool = True
-    """With the method's own additions to splatfacto (everything but the prior)."""
-    random_points: bool = False
-    """Starts from random points instead of the best seed points that can be had."""
+    additions: tuple[Addition, ...] = ADDITIONS
+    """Which of the method's own additions to splatfacto it has, beside seed points and prior."""
+    seed_points: SeedSource = "auto"
+    """Where its first splats lie; `auto`: the best seed points that can be had."""
     feed: Feed | None = None
     """What its rounds feed back; None: no rounds."""
 
     @property
     def shares_first_stage(self) -> bool:
         """Whether its training up to the first round is the same as that of `geometry`."""
-        return self.additions and not self.random_points
+        return self.additions == ADDITIONS and self.seed_points == "auto"
 
 
 METHODS = {
-    "splatfacto-random": Method("plain splatfacto from random points", additions=False, random_points=True),
-    "splatfacto": Method("plain splatfacto from our seed points", additions=False),
+    "splatfacto-random": Method("plain splatfacto from random points", additions=(), seed_points="random"),
+    "triangulated": Method("plain splatfacto from triangulated points", additions=(), seed_points="triangulated"),
+    "splatfacto": Method("plain splatfacto from our seed points (stereo)", additions=()),
+    "background": Method("the same with a sensible background", additions=("background",)),
+    "depth-loss": Method("with background and depth loss", additions=("background", "depth")),
+    "regularised": Method("with background and regularisation", additions=("background", "regularisation")),
     "geometry": Method("every addition but the prior"),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
@@ -109,16 +119,20 @@ def fit_schedule(config: TrainerConfig, steps: int) -> None:
     config.max_num_iterations = steps
 
 
-def without_additions(config: TrainerConfig) -> None:
-    """Switch off, in place, what the method adds to splatfacto beside the prior."""
+def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None:
+    """Switch off, in place, those of the method's additions to splatfacto that are not named."""
     model = model_of(config)
-    model.gaussian_dropout = 0.0
-    model.fill_background = "splatfacto"
+    if "background" not in additions:
+        model.fill_background = "splatfacto"
+    if "depth" not in additions:
+        model.depth_weight = 0.0
+    if "regularisation" not in additions:
+        model.gaussian_dropout = 0.0
 
 
-def with_random_points(config: TrainerConfig) -> None:
-    """Start, in place, from random points in the references' frusta."""
-    dataparser_of(config).seed_points = "random"
+def with_seed_points(config: TrainerConfig, source: SeedSource) -> None:
+    """Choose, in place, where the first splats lie."""
+    dataparser_of(config).seed_points = source
 
 
 def set_prior(config: TrainerConfig, prior: str, feed: Feed = "enhanced") -> None:

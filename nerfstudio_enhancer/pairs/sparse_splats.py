@@ -30,8 +30,8 @@ from nerfstudio_enhancer.evaluation.methods import (
     fit_schedule,
     method_config,
     set_prior,
-    with_random_points,
-    without_additions,
+    with_additions,
+    with_seed_points,
 )
 from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
 from nerfstudio_enhancer.rendering import render_clip
@@ -101,9 +101,9 @@ def _trainer_config(training: SplatTraining) -> TrainerConfig:
     config = method_config()
     set_prior(config, "none")
     if not training.additions:
-        without_additions(config)
+        with_additions(config, ())
     if training.random_points:
-        with_random_points(config)
+        with_seed_points(config, "random")
     config.machine.seed = training.seed
     fit_schedule(config, round(STEPS_OF_WHOLE_TRAINING * max(training.steps)))
     config.data = training.data

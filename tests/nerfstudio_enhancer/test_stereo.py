@@ -3,13 +3,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from nerfstudio.cameras.cameras import Cameras
 from scenes import TinyScene, tiny_scene
 
 from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, seed_points
+from nerfstudio_enhancer.losses import depth_loss
 from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
 from nerfstudio_enhancer.stereo.depth import StereoDepth, estimate_depth
 from nerfstudio_enhancer.stereo.refine import Planes, planes_seen_from
-from nerfstudio_enhancer.stereo.seeds import consistent_points, unexplained_pixels, world_points
+from nerfstudio_enhancer.stereo.seeds import consistent_points, trusted_depth, unexplained_pixels, world_points
 from nerfstudio_enhancer.stereo.sweep import (
     UNSEEN,
     BetterHalf,
@@ -269,3 +271,46 @@ def test_too_many_views_are_not_matched_unless_asked_for(scene: TinyScene) -> No
     views = [reference(scene, index) for index in (1, 2, 3)]
     assert seed_points(views, "auto", config, torch.Generator().manual_seed(0)).depths == ()
     assert len(seed_points(views[:2], "auto", config, torch.Generator().manual_seed(0)).depths) == 2
+
+
+# ---------------------------------------------------------------------------------------------- supervision
+
+
+def two_pixels(depth: float) -> StereoDepth:
+    """A view of 2 x 1 pixels, 90 degrees wide and high, which trusts the depth of its right pixel only."""
+    view = replace(
+        camera(size=(1, 2)), intrinsics=torch.tensor([[1.0, 0, 1], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
+    )
+    blank = torch.zeros(1, 2)
+    return StereoDepth(
+        view, torch.full((1, 2), depth), torch.stack([blank, blank]), blank, blank.long(), torch.tensor([[False, True]])
+    )
+
+
+def test_trusted_depth_is_looked_up_along_the_ray_of_each_pixel() -> None:
+    # The camera has 4 x 2 pixels and focal length 1: its pixels look along x / z = -1.5, -0.5, 0.5, 1.5. Those at 0.5
+    # fall on the right pixel of the view (0 to 1), those at -0.5 on the left one, the others on none.
+    training = Cameras(camera_to_worlds=torch.eye(4)[None, :3], fx=1.0, fy=1.0, cx=2.0, cy=1.0, width=4, height=2)
+    found = trusted_depth(two_pixels(3.0), training)
+    assert found[..., 0].tolist() == [[0, 0, 3, 0]] * 2
+
+
+def test_the_depth_loss_is_the_mean_log_ratio_over_trusted_pixels() -> None:
+    # |log(2 / 1)| with opacity 1 and |log(1 / e)| with opacity 0.5; the third pixel is not trusted.
+    depth = torch.tensor([[[2.0], [1.0], [7.0]]], requires_grad=True)
+    alpha = torch.tensor([[[1.0], [0.5], [1.0]]], requires_grad=True)
+    trusted = torch.tensor([[[1.0], [np.e], [0.0]]])
+    loss = depth_loss(depth, alpha, trusted)
+    assert loss.item() == pytest.approx((np.log(2) + 0.5) / 1.5, rel=1e-6)
+    loss.backward()
+    assert alpha.grad is None
+    # d log(2) / 2 = 1 / 2, weighted by 1 / 1.5; the second pixel lies in front and is pulled back.
+    assert depth.grad is not None
+    torch.testing.assert_close(depth.grad.flatten(), torch.tensor([0.5 / 1.5, -0.5 / 1.5, 0.0]))
+
+
+def test_the_depth_loss_knows_no_scale_and_is_zero_without_trusted_depth() -> None:
+    generator = torch.Generator().manual_seed(0)
+    depth, alpha, trusted = (torch.rand(4, 5, 1, generator=generator) + 0.1 for _ in range(3))
+    torch.testing.assert_close(depth_loss(1000 * depth, alpha, 1000 * trusted), depth_loss(depth, alpha, trusted))
+    assert depth_loss(depth, alpha, torch.zeros_like(depth)).item() == 0

@@ -5,8 +5,8 @@ from nerfstudio_enhancer.evaluation.methods import (
     fit_schedule,
     method_config,
     set_prior,
-    with_random_points,
-    without_additions,
+    with_additions,
+    with_seed_points,
 )
 
 
@@ -26,8 +26,8 @@ def test_a_squeezed_schedule_keeps_its_shares():
 
 def test_settings_of_one_method_leave_the_registered_ones_alone():
     config = method_config()
-    without_additions(config)
-    with_random_points(config)
+    with_additions(config, ())
+    with_seed_points(config, "random")
     set_prior(config, "none", "renders")
     fresh = method_config()
     assert config.pipeline.model.fill_background == "splatfacto"
@@ -36,8 +36,31 @@ def test_settings_of_one_method_leave_the_registered_ones_alone():
     assert fresh.pipeline.model.enhance.feed == "enhanced"
 
 
+def test_each_addition_can_be_left_out_by_itself():
+    for kept, fields in (
+        ("background", ("depth_weight", "gaussian_dropout")),
+        ("depth", ("fill_background", "gaussian_dropout")),
+        ("regularisation", ("fill_background", "depth_weight")),
+    ):
+        config, whole = method_config(), method_config()
+        for settings in (config, whole):
+            settings.pipeline.model.depth_weight = settings.pipeline.model.gaussian_dropout = 0.5
+        with_additions(config, (kept,))
+        model, all_on = config.pipeline.model, whole.pipeline.model
+        changed = {
+            name
+            for name in ("fill_background", "depth_weight", "gaussian_dropout")
+            if getattr(model, name) != getattr(all_on, name)
+        }
+        assert changed == set(fields)
+
+
 def test_only_methods_with_all_additions_share_the_first_stage():
     assert [name for name, method in METHODS.items() if not method.shares_first_stage] == [
         "splatfacto-random",
+        "triangulated",
         "splatfacto",
+        "background",
+        "depth-loss",
+        "regularised",
     ]
