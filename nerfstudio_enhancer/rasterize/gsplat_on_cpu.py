@@ -72,5 +72,5 @@ def _by_device(on_cpu: Callable, on_cuda: Callable) -> Callable:
         first = args[0] if args else next(iter(kwargs.values()))
         return (on_cpu if first.device.type == "cpu" else on_cuda)(*args, **kwargs)
 
-    dispatch.on_cuda = on_cuda  # pyright: ignore[reportFunctionMemberAccess]
+    dispatch.on_cuda = on_cuda  # pyright: ignore[reportAttributeAccessIssue]
     return dispatch

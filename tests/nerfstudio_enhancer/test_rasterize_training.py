@@ -15,6 +15,7 @@ from nerfstudio_enhancer.conventions import camera_to_world_opengl, world_to_cam
 from nerfstudio_enhancer.rasterize import rasterization
 from nerfstudio_enhancer.rasterize.bench import synthetic_scene
 from nerfstudio_enhancer.rasterize.gsplat_on_cpu import compute_relocation, quat_scale_to_covar_preci
+from nerfstudio_enhancer.rasterize.native_ops import Frame
 
 
 def binomials(n_max: int = 51) -> torch.Tensor:
@@ -169,6 +170,7 @@ def test_a_million_gaussians_in_one_tile_are_drawn(opacity):
 
 
 def test_memory_per_intersection_is_what_is_documented():
+    recycled = [Frame(), Frame()]  # two are kept for reuse, with the memory that they needed: the next one is new
     scene = synthetic_scene(30_000, 480, 320)
     scene["means"].requires_grad_()
     image, _, info = rasterization(**scene, sh_degree=3, width=480, height=320, render_mode="RGB+ED", absgrad=True)
@@ -180,6 +182,7 @@ def test_memory_per_intersection_is_what_is_documented():
     bound = 1.25 * (77 * intersections + 2 * intersections + 110 * drawn + 4 * 30_000 + 8 * 480 * 320) + 16 * 2**21
     assert intersections > 50_000
     assert frame.bytes() < bound
+    assert len(recycled) == 2
 
 
 def test_a_scene_that_needs_more_than_the_machine_has_is_refused():

@@ -107,6 +107,8 @@ void for_each_buffer(Frame* frame, F body) {
   for (Buffer& b : frame->scratch) body(&b);
 }
 
+constexpr size_t kKeptCapacity = size_t(64) << 20;
+
 // Half of the machine's memory. An operating system that promises more than it has would kill the process instead.
 size_t largest_buffer() {
 #if defined(_SC_PHYS_PAGES)
@@ -154,7 +156,9 @@ extern "C" __attribute__((visibility("hidden"))) void* nse_reserve(Buffer* buffe
   buffer->capacity = posix_memalign(&buffer->data, 64, bytes) ? 0 : bytes;
   return buffer->capacity ? buffer->data : nullptr;
 #endif
-  if (buffer->capacity >= bytes) return buffer->data;
+  // A single huge image must not hold its memory for ever.
+  const bool wasteful = buffer->capacity > kKeptCapacity && buffer->capacity / 8 > bytes;
+  if (buffer->capacity >= bytes && !wasteful) return buffer->data;
   std::free(buffer->data);
   buffer->data = nullptr, buffer->capacity = 0;
   if (bytes > largest_buffer()) return nullptr;
