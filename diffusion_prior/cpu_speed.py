@@ -12,6 +12,9 @@ from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from jaxtyping import Float
 from torch import Tensor, nn
 
+MAX_SLICES = 32
+"""Attention is cut into so many slices at most: a temporal layer has a batch of thousands of pixels."""
+
 
 def speed_up(module: nn.Module) -> None:
     """Exchange, in place, every group norm and every diffusers attention layer's processor for the ones below."""
@@ -84,6 +87,27 @@ class SingleTokenProcessor(AttnProcessor2_0):
         assert attn.to_v is not None
         value = project(attn.to_v(encoder_hidden_states)) / attn.rescale_output_factor
         return dropout(value.expand(-1, hidden_states.shape[1], -1))
+
+
+class SlicedProcessor(SingleTokenProcessor):
+    """The same attention, a few elements of the batch (frames; pixels over time) after the other."""
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        count = max(1, hidden_states.shape[0] // MAX_SLICES)
+        contexts = (
+            [None] * -(-hidden_states.shape[0] // count)
+            if encoder_hidden_states is None
+            else encoder_hidden_states.split(count)
+        )
+        slices = zip(hidden_states.split(count), contexts)
+        return torch.cat([super(SlicedProcessor, self).__call__(attn, *pair, *args, **kwargs) for pair in slices])
 
 
 def _converted(norm: nn.GroupNorm) -> GroupNorm:

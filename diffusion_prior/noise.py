@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,14 +48,25 @@ def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float = 7
     Raises:
         ValueError: unless steps >= 1 and 0 < sigma_min < sigma_max.
     """
-    if steps < 1:
-        raise ValueError(f"sampling needs at least 1 step, got {steps}.")
-    if not 0 < sigma_min < sigma_max:
-        raise ValueError(f"noise levels need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}.")
+    _check_levels(steps, sigma_min, sigma_max)
     ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
     sigmas = (high + ramp * (low - high)) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)]).float()
+
+
+def exponential_sigmas(steps: int, sigma_min: float, sigma_max: float) -> Float[Tensor, " n"]:
+    """Falling noise levels evenly spaced in their logarithm, `steps` of them, and a closing 0; errors as in `karras_sigmas`."""
+    _check_levels(steps, sigma_min, sigma_max)
+    levels = torch.linspace(math.log(sigma_max), math.log(sigma_min), steps, dtype=torch.float64).exp()
+    return torch.cat([levels, levels.new_zeros(1)]).float()
+
+
+def _check_levels(steps: int, sigma_min: float, sigma_max: float) -> None:
+    if steps < 1:
+        raise ValueError(f"sampling needs at least 1 step, got {steps}.")
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"noise levels need 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}.")
 
 
 def add_noise(

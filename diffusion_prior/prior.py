@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,9 +26,14 @@ from diffusion_prior.conditioning import (
     to_unit,
 )
 from diffusion_prior.cpu_speed import speed_up
-from diffusion_prior.noise import expand_to, karras_sigmas, precondition
-from diffusion_prior.sampler import frame_guidance, guide, sample_euler
+from diffusion_prior.fitting import fit_clip
+from diffusion_prior.memory import PRESETS, MemoryPreset, explain_exhaustion, set_slicing
+from diffusion_prior.misread_poses import misread_poses
+from diffusion_prior.noise import expand_to, exponential_sigmas, karras_sigmas, precondition
+from diffusion_prior.sampler import SAMPLERS, frame_guidance, guide
+from diffusion_prior.sampling_config import Fit, SamplingConfig
 from diffusion_prior.std import SpatialTemporalDecoder
+from diffusion_prior.tiles import Tile, blend_tiles, crop_condition, tile_grid
 from diffusion_prior.types import ConditionClip, EnhancedClip
 from diffusion_prior.unet import SpatioTemporalUNet
 
@@ -56,10 +62,23 @@ class PriorConfig:
     """Classifier-free guidance at the last frame; where both are 1 the unconditional pass is left out."""
     fps: float = 7.0
     """Micro-condition: frames per second."""
+    subtract_one_from_fps: bool = True
+    """Tell the UNet `fps` - 1, as SVD was trained. False for the authors' pose-conditioned weights: trained on `fps`."""
     motion_bucket: float = 127.0
     """Micro-condition: SVD's amount of motion."""
     noise_augmentation: float = 0.02
     """Standard deviation of the noise added to the condition frames (in [-1, 1]) before they are encoded."""
+    unconditional_micro: bool = True
+    """Keep micro-conditions and poses in guidance's unconditional pass, as SVD does. False: zeros, as the authors do."""
+    misread_quaternions: bool = False
+    """Give the pose-conditioned UNet rotations read with the quaternion's parts in the wrong order, see `misread_poses`:
+    the authors' weights were trained on such."""
+    halved_clip_input: bool = False
+    """Show the image encoder colours squeezed into [0.5, 1]: the authors' sampler does, their training does not."""
+    frame_height: int = 0
+    """Height in pixels of the frames that the prior was trained on; 0 for any."""
+    frame_width: int = 0
+    """Width in pixels of the frames that the prior was trained on; 0 for any."""
     norm_groups: int = 32
     """Groups of every group norm; 32 is what diffusers builds. Narrow networks need fewer: a group of one channel loses
     that channel's mean over the picture, and with it the picture's brightness."""
@@ -113,6 +132,9 @@ class VideoPrior:
         self.std = std
         self.config = config
         self.scheduler_config = dict(scheduler_config or {})
+        self.sampling = SamplingConfig()
+        self.preset = PRESETS["all"]
+        self._device: torch.device | None = None
         for module in (vae, unet, std):
             speed_up(module)
             set_norm_groups(module, config.norm_groups)
@@ -129,8 +151,31 @@ class VideoPrior:
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are."""
-        return next(self.unet.parameters()).device
+        """Where the networks compute (with offloading they rest on the CPU)."""
+        return self._device or next(self.unet.parameters()).device
+
+    @property
+    def effective_config(self) -> PriorConfig:
+        """`config` with what `sampling` asks for instead."""
+        names = {"steps": "num_inference_steps", "num_frames": "num_frames"}
+        names |= {name: name for name in ("min_guidance", "max_guidance")}
+        asked = {ours: getattr(self.sampling, theirs) for theirs, ours in names.items()}
+        asked = {name: value for name, value in asked.items() if value is not None}
+        frames = asked.get("num_frames", self.config.num_frames)
+        return replace(self.config, **asked, window_overlap=min(self.config.window_overlap, frames - 3))
+
+    @property
+    def frame_size(self) -> tuple[int, int] | None:
+        """Height and width that clips are fitted to; None where any size will do."""
+        own = (self.config.frame_height, self.config.frame_width)
+        return self.sampling.frame_size or (own if min(own) > 0 else None)
+
+    @property
+    def fit(self) -> Fit:
+        """How clips are fitted, decided."""
+        if self.sampling.fit != "auto":
+            return self.sampling.fit
+        return "as-is" if self.frame_size is None else "tile"
 
     @property
     def latent_factor(self) -> int:
@@ -147,9 +192,16 @@ class VideoPrior:
         self.vae.register_to_config(scaling_factor=float(scale))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VideoPrior:
-        """Move and convert all networks, in place; kernels go to the channels-last order, which CPUs convolve fastest."""
-        for module in self.modules.values():
-            nn.Module.to(module, device=device, dtype=dtype)  # diffusers' own `to` warns of layers that it has not
+        """Move and convert all networks, in place; kernels go to the channels-last order, which CPUs convolve fastest.
+
+        A VAE that overflows in float16 (`force_upcast`, SVD's does) stays in float32 then.
+        """
+        self._device = torch.device(device) if device is not None else self._device
+        place = "cpu" if self.preset.offload and device is not None else device
+        for name, module in self.modules.items():
+            upcast = name == "vae" and dtype is torch.float16 and self.vae.config["force_upcast"]
+            # diffusers' own `to` warns of layers that it has not
+            nn.Module.to(module, device=place, dtype=torch.float32 if upcast else dtype)
             for parameter in module.parameters():
                 if parameter.ndim == 4:
                     parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -161,6 +213,12 @@ class VideoPrior:
             module.eval()
         return self
 
+    def use_memory_preset(self, preset: MemoryPreset) -> VideoPrior:
+        """Save memory as a preset says, from now on."""
+        self.preset = preset
+        set_slicing(self.unet, preset.slices)
+        return self.to(self.device)
+
     @torch.no_grad()
     def enhance(self, clip: ConditionClip, generator: torch.Generator) -> EnhancedClip:
         """Repair a clip of any size and length.
@@ -171,8 +229,13 @@ class VideoPrior:
 
         Raises:
             ValueError: where a pose-conditioned prior gets a clip without poses or field of view.
+            OutOfDeviceMemory: naming the ways to need less.
         """
-        rgb = self.decode(self.predict_latents(clip, generator), clip)
+        if self.sampling.seed is not None:
+            generator = torch.Generator().manual_seed(self.sampling.seed)
+        fitted = fit_clip(clip, self.fit, self.frame_size)
+        with explain_exhaustion(self, fitted.clip):
+            rgb = fitted.restore(self.decode(self.predict_latents(fitted.clip, generator), fitted.clip))
         if self.config.colour_correction:
             rgb = match_first_reference(rgb, clip.rgb[0].to(rgb)).clamp(0, 1)
         return EnhancedClip(rgb=rgb)
@@ -183,40 +246,71 @@ class VideoPrior:
 
         Their size is that of the clip divided by `latent_factor` and rounded up, at least 2 x 2.
         """
+        config = self.effective_config
         condition = self.condition(clip, generator)
         num_frames = clip.num_frames
-        shape = (num_frames, self.unet.config["out_channels"], *condition.latents.shape[-2:])
+        height, width = condition.latents.shape[-2:]
+        shape = (num_frames, self.unet.config["out_channels"], height, width)
         noise = torch.randn(shape, generator=generator, device=generator.device).to(self.device)
-        sigmas = karras_sigmas(self.config.num_inference_steps, self.config.sigma_min, self.config.sigma_max)
-        guidance = frame_guidance(num_frames, self.config.min_guidance, self.config.max_guidance)
-        windows = self._windows(num_frames)
+        levels = karras_sigmas if self.sampling.schedule == "karras" else exponential_sigmas
+        sigmas = levels(config.num_inference_steps, config.sigma_min, config.sigma_max)
+        guidance = frame_guidance(num_frames, config.min_guidance, config.max_guidance)
+        windows = self._windows(num_frames, config.num_frames, config.window_overlap)
+        tiles = tile_grid(height, width, self._latent_tile)
 
         def denoise_clip(noisy: Tensor, sigma: Tensor) -> Tensor:
             def denoise_window(index: Tensor) -> Tensor:
-                arguments = noisy[None, index], sigma[None].to(noisy)
                 told = condition.frames(index)
-                conditional = denoise(self.unet, *arguments, told)[0]
-                if not self.config.uses_guidance:
-                    return conditional
-                unconditional = denoise(self.unet, *arguments, told.unconditional())[0]
-                return guide(conditional, unconditional, guidance[index.cpu()])
+                scales = guidance[index.cpu()]
+                return blend_tiles(lambda tile: self._guided(tile.of(noisy[index]), sigma, told, scales, tile), tiles)
 
             return blend_windows(denoise_window, windows, num_frames)
 
-        return sample_euler(denoise_clip, noise, sigmas) / self.latent_scale
+        with self._resident("unet"):
+            return SAMPLERS[self.sampling.sampler](denoise_clip, noise, sigmas) / self.latent_scale
+
+    def _guided(
+        self,
+        noisy: Float[Tensor, "t c h w"],
+        sigma: Float[Tensor, ""],
+        condition: LatentCondition,
+        guidance: Float[Tensor, " t"],
+        tile: Tile,
+    ) -> Float[Tensor, "t c h w"]:
+        """Denoised latents of one window of one tile, with classifier-free guidance where it is asked for."""
+        arguments = noisy[None], sigma[None].to(noisy)
+        told = crop_condition(condition, tile)
+        conditional = denoise(self.unet, *arguments, told)[0]
+        if not self.effective_config.uses_guidance:
+            return conditional
+        untold = told.unconditional()
+        if not self.config.unconditional_micro:
+            untold = replace(untold, micro=torch.zeros_like(untold.micro))
+        return guide(conditional, denoise(self.unet, *arguments, untold)[0], guidance)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "t c h2 w2"], clip: ConditionClip) -> Float[Tensor, "t 3 h w"]:
         """Frames in [0, 1] from the latents of `predict_latents` (or of any other source) and the clip itself."""
         height, width = clip.rgb.shape[-2:]
         condition = decoder_condition(*self._padded(clip))
-        dtype = self.std.dtype
+        dtype, factor = self.std.dtype, self.latent_factor
+        size, overlap = self.effective_config.num_frames, self.effective_config.window_overlap
+        if self.preset.decode_frames is not None and self.preset.decode_frames < size:
+            size, overlap = self.preset.decode_frames, 1 if self.preset.decode_frames > 3 else 0
+        windows = self._windows(clip.num_frames, size, overlap)
+        side = self.preset.decode_tile_px and max(1, self.preset.decode_tile_px // factor)
+        tiles = tile_grid(*latents.shape[-2:], (side, side) if side else None)
 
         def decode_window(index: Tensor) -> Tensor:
-            frames = self.std(latents[None, index].to(self.device, dtype), condition[None, index].to(dtype))
-            return to_unit(frames[0].float())
+            def decode_tile(tile: Tile) -> Tensor:
+                part = tile.of(latents[index])[None].to(self.device, dtype)
+                frames = self.std(part, tile.times(factor).of(condition[index])[None].to(dtype))
+                return to_unit(frames[0].float())
 
-        frames = blend_windows(decode_window, self._windows(clip.num_frames), clip.num_frames)
+            return blend_tiles(decode_tile, tiles, factor)
+
+        with self._resident("std"):
+            frames = blend_windows(decode_window, windows, clip.num_frames)
         return frames[..., :height, :width].clamp(0, 1)
 
     def condition(self, clip: ConditionClip, generator: torch.Generator) -> LatentCondition:
@@ -227,16 +321,24 @@ class VideoPrior:
         if config.noise_augmentation > 0:
             noise = torch.randn(rgb.shape, generator=generator, device=generator.device).to(rgb)
             noised = rgb + config.noise_augmentation / 2 * noise  # half of it: [0, 1] is half as wide as [-1, 1]
-        micro = micro_conditions(config.fps, config.motion_bucket, config.noise_augmentation, 1, self.device)
+        fps = config.fps if config.subtract_one_from_fps else config.fps + 1  # one is taken off in there
+        micro = micro_conditions(fps, config.motion_bucket, config.noise_augmentation, 1, self.device)
         if self.unet.layout == "A":
             if clip.camera_to_world is None or clip.fov_x_rad is None:
                 raise ValueError("this prior is conditioned on poses: give the clip `camera_to_world` and `fov_x_rad`.")
-            micro = pose_conditions(clip.camera_to_world.to(micro), clip.fov_x_rad, micro[0])[None]
-        latents = torch.cat([encode_frames(self.vae, frame[None], config.patch_size) for frame in noised])
+            poses = clip.camera_to_world.to(micro)
+            poses = misread_poses(poses) if config.misread_quaternions else poses
+            micro = pose_conditions(poses, clip.fov_x_rad, micro[0])[None]
+        with self._resident("vae"):
+            latents = torch.cat([encode_frames(self.vae, frame[None], config.patch_size) for frame in noised])
+        with self._resident("image_encoder"):
+            shown = clip.rgb.to(self.device)
+            shown = (shown + 1) / 2 if config.halved_clip_input else shown
+            embeddings = embed_frames(self.image_encoder, shown)[None]
         return LatentCondition(
             latents=latents[None],
             extra=self.extras(alpha, disparity)[None],
-            embeddings=embed_frames(self.image_encoder, clip.rgb.to(self.device))[None],
+            embeddings=embeddings,
             micro=micro,
         )
 
@@ -252,11 +354,31 @@ class VideoPrior:
         images = (clip.rgb, clip.alpha, clip.disparity)
         return [pad_to_multiple(frames.to(self.device, torch.float32), factor, 2 * factor) for frames in images]
 
-    def _windows(self, num_frames: int) -> list[Int[Tensor, " n"]]:
-        return [
-            index.to(self.device)
-            for index in frame_windows(num_frames, self.config.num_frames, self.config.window_overlap)
-        ]
+    def _windows(self, num_frames: int, size: int, overlap: int) -> list[Int[Tensor, " n"]]:
+        return [index.to(self.device) for index in frame_windows(num_frames, size, overlap)]
+
+    @property
+    def _latent_tile(self) -> tuple[int, int] | None:
+        """Height and width of the tiles that are sampled, in latents."""
+        if self.fit != "tile" or self.frame_size is None:
+            return None
+        height, width = self.frame_size
+        return -(-height // self.latent_factor), -(-width // self.latent_factor)
+
+    @contextmanager
+    def _resident(self, name: str) -> Iterator[None]:
+        """Within, the network of this name is where it computes; with offloading it goes back to the CPU afterwards."""
+        if not self.preset.offload:
+            yield
+            return
+        module = self.modules[name]
+        nn.Module.to(module, device=self.device)
+        try:
+            yield
+        finally:
+            nn.Module.to(module, device="cpu")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
 
 def denoise(

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
 from diffusion_prior.conditioning import normalised_disparity
+from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import ConditionClip, EnhancedClip
 from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence
 from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channels_last, world_to_camera_opencv
@@ -36,6 +37,8 @@ class EnhanceConfig:
 
     prior: str = "bundled"
     """Which prior repairs the frames: `bundled`, `none` (no rounds: plain training), a folder, or a hub name."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How the prior is run: steps, scheduler, seed, picture size, precision, memory."""
     feed: Feed = "enhanced"
     """What a round feeds back. Anything but `enhanced` is a control of the benchmark: the un-enhanced renders, the renders
     with holes filled by the references' mean colour, blurred renders, or (the oracle) real photographs that are neither

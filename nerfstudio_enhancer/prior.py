@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-import torch
+from typing import TYPE_CHECKING
 
+import torch
+from nerfstudio.utils.rich_utils import CONSOLE
+
+from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import ConditionClip, EnhancedClip
+
+if TYPE_CHECKING:
+    from diffusion_prior.prior import VideoPrior
 
 
 class LazyPrior:
     """A prior by name, read when the first clip comes. Not a module: state_dict stays splats."""
 
-    def __init__(self, name: str, device: torch.device | str) -> None:
+    def __init__(self, name: str, device: torch.device | str, sampling: SamplingConfig | None = None) -> None:
         self.name = name
         self.device = torch.device(device)
-        self._prior = None
+        self.sampling = sampling or SamplingConfig()
+        self._prior: VideoPrior | None = None
 
     def enhance(self, clip: ConditionClip, generator: torch.Generator) -> EnhancedClip:
         """Repair a clip; see `diffusion_prior.prior.VideoPrior.enhance`.
 
         Raises:
             ValueError: unknown name, foreign or broken prior folder.
+            OutOfDeviceMemory: the GPU is too small for it, with the ways out.
         """
         if self._prior is None:
-            from diffusion_prior.checkpoints import load_prior
+            from diffusion_prior.runner import prepare_prior
 
-            self._prior = load_prior(self.name, self.device)
+            self._prior = prepare_prior(self.name, self.device, self.sampling, clip, CONSOLE.log)
         return self._prior.enhance(clip, generator)

@@ -71,7 +71,9 @@ class Rounds:
         """Run one round. A checkpoint is written first: whatever stops the round, nothing trained so far is lost."""
         self.trainer.save_checkpoint(step - 1)
         oracle = self._oracle() if self.config.feed == "photographs" else None
-        prior = LazyPrior(self.config.prior, self.model.device) if self.config.feed == "enhanced" else None
+        prior = None
+        if self.config.feed == "enhanced":
+            prior = LazyPrior(self.config.prior, self.model.device, self.config.sampling)
         CONSOLE.log(f"Enhancement round before step {step} (feed: {self.config.feed})")
         with _progress() as progress:
             task = progress.add_task("Enhancing frames", total=None)

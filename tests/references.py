@@ -81,3 +81,42 @@ def gsplat_spherical_harmonics(degree: int, directions: Tensor, coefficients: Te
     from gsplat.cuda._torch_impl import _spherical_harmonics
 
     return _spherical_harmonics(degree, directions, coefficients)
+
+
+def layout_a_forward(
+    stock: torch.nn.Module, sample: Tensor, noise_condition: Tensor, embeddings: Tensor, poses: Tensor
+) -> Tensor:
+    """The pose-conditioned UNet stated anew: sinusoids and their two layers by loops, then diffusers' own blocks.
+
+    `stock` is a diffusers UNet that also holds `pose_embedding`; shapes [b f c h w], [b], [b f 1 d], [b f 22].
+    """
+    layers = stock.pose_embedding.linear_1, stock.pose_embedding.linear_2
+    rows = []
+    for b in range(sample.shape[0]):
+        level = stock.time_embedding(stock.time_proj(noise_condition[b : b + 1]))[0]
+        for f in range(sample.shape[1]):
+            angles = [[float(number) * 10000 ** (-i / 24) for i in range(24)] for number in poses[b, f]]
+            waves = []
+            for row in angles:
+                waves += [math.cos(angle) for angle in row] + [math.sin(angle) for angle in row]
+            hidden = torch.nn.functional.silu(layers[0](torch.tensor(waves)))
+            rows.append(level + layers[1](hidden))
+    shared = {"temb": torch.stack(rows), "image_only_indicator": torch.zeros(sample.shape[:2])}
+    context = {"encoder_hidden_states": embeddings.flatten(0, 1)}
+    hidden = stock.conv_in(sample.flatten(0, 1))
+    skips = [hidden]
+    for block in stock.down_blocks:
+        hidden, more = block(hidden_states=hidden, **shared, **(context if hasattr(block, "attentions") else {}))
+        skips += more
+    hidden = stock.mid_block(hidden_states=hidden, **shared, **context)
+    for block in stock.up_blocks:
+        taken = tuple(skips[-len(block.resnets) :])
+        del skips[-len(block.resnets) :]
+        hidden = block(
+            hidden_states=hidden,
+            res_hidden_states_tuple=taken,
+            **shared,
+            **(context if hasattr(block, "attentions") else {}),
+        )
+    out = stock.conv_out(torch.nn.functional.silu(stock.conv_norm_out(hidden)))
+    return out.unflatten(0, sample.shape[:2])

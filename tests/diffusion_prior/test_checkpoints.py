@@ -1,14 +1,24 @@
+import dataclasses
 import json
 import shutil
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from references import layout_a_forward
 from safetensors.torch import load_file, save_file
+from svd_folders import tiny_unet, tiny_vae, write_svd_folder
 from tiny_prior import random_clip, randomise, tiny_prior
 
 from diffusion_prior import checkpoints
-from diffusion_prior.checkpoints import load_prior, read_prior, resolve_folder, save_prior
+from diffusion_prior.checkpoints import (
+    attention_heads,
+    load_prior,
+    read_prior,
+    resolve,
+    resolve_folder,
+    save_prior,
+)
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -210,47 +220,178 @@ def test_a_network_config_that_describes_nothing_is_named(folder):
         load_prior(str(folder), "cpu")
 
 
-def stable_video_diffusion_folder(path):
-    """A tiny pipeline folder written by diffusers and transformers alone, without anything of ours."""
-    ours = tiny_prior(patch_size=1, extra_condition_channels=0)
-    settings = {name: value for name, value in ours.unet.config.items() if not name.startswith(("_", "pose"))}
-    unet = UNetSpatioTemporalConditionModel(**settings)
-    unet.load_state_dict(ours.unet.state_dict())
-    unet.save_pretrained(path / "unet")
-    ours.vae.save_pretrained(path / "vae")
-    ours.image_encoder.save_pretrained(path / "image_encoder")
-    EulerDiscreteScheduler(sigma_min=0.01, sigma_max=44.0).save_pretrained(path / "scheduler")
-    return ours
-
-
 def test_a_plain_svd_pipeline_loads_with_the_papers_settings_and_an_untrained_std(tmp_path):
-    ours = stable_video_diffusion_folder(tmp_path)
+    write_svd_folder(tmp_path)
     prior = load_prior(str(tmp_path), "cpu", torch.float32)
     assert prior.unet.layout == "B"
     assert (prior.config.num_frames, prior.config.max_guidance, prior.config.sigma_max) == (25, 3.0, 44.0)
-    clip = random_clip()
+    assert (prior.config.frame_height, prior.config.frame_width, prior.latent_scale) == (512, 512, 0.18215)
     latents = torch.randn(3, 4, 8, 12, generator=seeded())
     with torch.no_grad():
-        stock = ours.vae.decode(latents.contiguous(memory_format=torch.channels_last), num_frames=3).sample
-    torch.testing.assert_close(prior.decode(latents, clip), ((stock + 1) / 2).clamp(0, 1))
+        stock = tiny_vae().eval().decode(latents.contiguous(memory_format=torch.channels_last), num_frames=3).sample
+    torch.testing.assert_close(prior.decode(latents, random_clip()), ((stock + 1) / 2).clamp(0, 1))
 
 
 def test_a_plain_svd_pipeline_needs_its_scheduler(tmp_path):
-    stable_video_diffusion_folder(tmp_path)
+    write_svd_folder(tmp_path)
     shutil.rmtree(tmp_path / "scheduler")
     with pytest.raises(FileNotFoundError, match="lacks scheduler/"):
         load_prior(str(tmp_path), "cpu")
 
 
-def test_the_pose_conditioned_layout_is_told_by_its_tensors(tmp_path):
-    stable_video_diffusion_folder(tmp_path)
+def test_weights_that_predict_noise_are_refused(tmp_path):
+    write_svd_folder(tmp_path)
+    EulerDiscreteScheduler(prediction_type="epsilon").save_pretrained(tmp_path / "scheduler")
+    with pytest.raises(ValueError, match=r"must have prediction_type 'v_prediction'.*got 'epsilon'"):
+        load_prior(str(tmp_path), "cpu")
 
-    def add_pose_embedding(tensors):
-        width = tensors["time_embedding.linear_1.weight"].shape[0]
-        tensors["pose_embedding.linear_1.weight"] = torch.zeros(width, 1056)
-        tensors["pose_embedding.linear_1.bias"] = torch.zeros(width)
-        tensors["pose_embedding.linear_2.weight"] = torch.zeros(width, width)
-        tensors["pose_embedding.linear_2.bias"] = torch.zeros(width)
 
-    edit_tensors(tmp_path / "unet" / WEIGHTS, add_pose_embedding)
-    assert read_prior(tmp_path).unet.layout == "A"
+def unet_inputs():
+    generator = seeded()
+    sample = torch.randn(2, 3, 8, 4, 6, generator=generator)
+    return sample, torch.randn(2, generator=generator), torch.randn(2, 3, 1, 16, generator=generator)
+
+
+@torch.no_grad()
+def test_a_loaded_unet_of_layout_b_is_diffusers_own_on_the_same_weights(tmp_path):
+    write_svd_folder(tmp_path)
+    ours = load_prior(str(tmp_path), "cpu", torch.float32).unet
+    stock = UNetSpatioTemporalConditionModel.from_pretrained(tmp_path / "unet").eval()
+    sample, level, embeddings = unet_inputs()
+    micro = torch.tensor([[6.0, 127.0, 0.02]] * 2)
+    wanted = stock(sample, level, encoder_hidden_states=embeddings[:, 0], added_time_ids=micro).sample
+    given = ours(sample, level, embeddings[:, :1].expand(-1, 3, -1, -1), micro)
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4 * wanted.std().item())
+
+
+@torch.no_grad()
+def test_a_loaded_unet_of_layout_a_is_the_authors_forward_stated_anew(tmp_path):
+    write_svd_folder(tmp_path, "A")
+    ours = load_prior(str(tmp_path), "cpu", torch.float32).unet
+    assert ours.layout == "A"
+    sample, level, embeddings = unet_inputs()
+    poses = torch.randn(2, 3, 22, generator=seeded())
+    wanted = layout_a_forward(tiny_unet("A"), sample, level, embeddings, poses)
+    torch.testing.assert_close(
+        ours(sample, level, embeddings, poses), wanted, rtol=1e-3, atol=1e-3 * wanted.std().item()
+    )
+
+
+def test_layout_a_gets_the_settings_that_its_weights_need(tmp_path):
+    config = read_prior(write_svd_folder(tmp_path, "A")).config
+    assert (config.num_frames, config.frame_height, config.frame_width) == (26, 512, 960)
+    assert config.misread_quaternions
+    assert not config.subtract_one_from_fps
+    assert not config.unconditional_micro
+    assert not config.halved_clip_input
+
+
+def test_a_pose_conditioned_prior_enhances_and_stays_itself_when_saved(tmp_path):
+    prior = load_prior(str(write_svd_folder(tmp_path / "authors", "A")), "cpu", torch.float32)
+    save_prior(prior, tmp_path / "ours")
+    again = load_prior(str(tmp_path / "ours"), "cpu", torch.float32)
+    assert again.config == prior.config
+    assert again.unet.layout == "A"
+    clip = dataclasses.replace(random_clip(), camera_to_world=torch.eye(4)[:3].repeat(3, 1, 1), fov_x_rad=1.0)
+    again.sampling.steps = 1
+    assert again.enhance(clip, seeded()).rgb.shape == clip.rgb.shape
+
+
+@pytest.mark.parametrize("layout", ["A", "B"])
+@pytest.mark.parametrize("named", ["checkpoint-80000", "checkpoint-80000/unet"])
+def test_a_lone_unet_takes_the_other_parts_from_the_prior_behind_the_at_sign(tmp_path, layout, named):
+    base = write_svd_folder(tmp_path / "svd")
+    tiny_unet(layout, seed=7).save_pretrained(tmp_path / "checkpoint-80000" / "unet")
+    prior = load_prior(f"{tmp_path / named}@{base}", "cpu", torch.float32)
+    assert prior.unet.layout == layout
+    assert torch.equal(prior.unet.conv_in.weight, tiny_unet(layout, seed=7).conv_in.weight)
+    assert torch.equal(prior.vae.encoder.conv_in.weight, tiny_vae().encoder.conv_in.weight)
+
+
+def test_a_lone_unet_without_a_base_asks_the_hub_for_svd(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    base, asked = write_svd_folder(tmp_path / "svd"), []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(base))
+    tiny_unet().save_pretrained(tmp_path / "checkpoint-5" / "unet")
+    assert read_prior(*dataclasses.astuple(resolve(str(tmp_path / "checkpoint-5")))).unet.layout == "B"
+    assert asked[0] == "stabilityai/stable-video-diffusion-img2vid-xt"
+
+
+def test_a_base_for_a_prior_that_is_complete_is_refused(folder, tmp_path):
+    with pytest.raises(ValueError, match="is no folder of a UNet alone"):
+        load_prior(f"{folder}@{folder}", "cpu")
+
+
+def test_half_precision_variants_and_shards_are_read(tmp_path):
+    write_svd_folder(tmp_path, variant="fp16")
+    tiny_unet().save_pretrained(tmp_path / "sharded", max_shard_size="500KB")
+    assert len(list((tmp_path / "sharded").glob("*-of-*.safetensors"))) > 1
+    shutil.rmtree(tmp_path / "unet")
+    (tmp_path / "sharded").rename(tmp_path / "unet")
+    prior = load_prior(str(tmp_path), "cpu", torch.float32)
+    assert torch.equal(prior.unet.conv_out.weight, tiny_unet().conv_out.weight)
+
+
+def test_the_hub_is_asked_for_half_precision_first_and_for_whole_files_of_what_has_none(folder, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+    (folder / "vae" / WEIGHTS).rename(folder / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    parts = ("unet", "image_encoder", "std")
+    contents = {path: path.read_bytes() for part in parts for path in (folder / part).glob("*.safetensors")}
+    for path in contents:
+        path.unlink()
+
+    def hub(repository, allow_patterns):
+        asked.append(set(allow_patterns))
+        if len(asked) == 2:
+            for path, content in contents.items():
+                path.write_bytes(content)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    assert load_prior("owner/prior", "cpu").config.patch_size == 2
+    assert asked[0] == {"*.json", "*/*.json", "*/*.fp16.safetensors"}
+    assert asked[1] == {f"{part}/*.safetensors" for part in parts}
+
+
+def test_attention_heads_are_those_of_the_config_even_where_they_are_odd(tmp_path, caplog):
+    write_svd_folder(tmp_path)
+    tiny_unet(num_attention_heads=(2, 2)).save_pretrained(tmp_path / "unet")
+    with caplog.at_level("WARNING"):
+        unet = read_prior(tmp_path).unet
+    assert tuple(unet.config["num_attention_heads"]) == (2, 2)
+    assert "attention heads [2, 2] are [16, 32] channels wide" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("config", "heads"),
+    [
+        ({"num_attention_heads": [5, 10, 10, 20], "_diffusers_version": "0.30.0"}, [5, 10, 10, 20]),
+        ({"_diffusers_version": "0.26.3"}, (5, 10, 10, 20)),
+        ({"_diffusers_version": "0.24.0.dev0"}, (5, 10, 10, 20)),
+        ({"_diffusers_version": "0.27.0"}, (5, 10, 20, 20)),
+        ({"_diffusers_version": "1.0.0"}, (5, 10, 20, 20)),
+    ],
+)
+def test_heads_that_no_config_names_are_the_default_of_the_release_that_wrote_it(tmp_path, config, heads):
+    assert attention_heads(config, tmp_path) == heads
+
+
+def test_heads_that_nothing_tells_are_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"no tensor tells: add `num_attention_heads`.*\[5, 10, 20, 20\]"):
+        attention_heads({}, tmp_path)
+
+
+def test_another_number_of_heads_gives_other_pictures_from_equal_tensors():
+    # the trap itself: nothing but the result tells
+    one, other = tiny_unet(num_attention_heads=(2, 4)), tiny_unet(num_attention_heads=(2, 2))
+    assert {n: t.shape for n, t in one.state_dict().items()} == {n: t.shape for n, t in other.state_dict().items()}
+    for unet in (one, other):
+        randomise(unet.mid_block, std=0.5)  # so that attention attends
+    sample, level, embeddings = unet_inputs()
+    micro = torch.tensor([[6.0, 127.0, 0.02]] * 2)
+    with torch.no_grad():
+        results = [unet(sample, level, embeddings[:, 0], micro).sample for unet in (one, other)]
+    assert not torch.allclose(*results, rtol=1e-2)

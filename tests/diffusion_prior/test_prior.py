@@ -18,6 +18,7 @@ from diffusion_prior.prior import (
     fast_dtype,
     frame_windows,
 )
+from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import ConditionClip
 
 
@@ -266,3 +267,95 @@ def test_a_clip_of_two_references_only_is_enough():
     clip = random_clip(5, 8, 8)
     ends = ConditionClip(rgb=clip.rgb[[0, -1]], alpha=clip.alpha[[0, -1]], disparity=clip.disparity[[0, -1]])
     assert tiny_prior().enhance(ends, seeded()).rgb.shape == (2, 3, 8, 8)
+
+
+def counted(prior, monkeypatch):
+    """Shapes and micro-conditions that the UNet was run with."""
+    seen = []
+    real = prior_module.denoise
+
+    def counting(unet, noisy, sigma, condition):
+        seen.append((tuple(noisy.shape[1:]), condition))
+        return real(unet, noisy, sigma, condition)
+
+    monkeypatch.setattr(prior_module, "denoise", counting)
+    return seen
+
+
+def test_steps_frames_and_guidance_can_be_asked_for(monkeypatch):
+    prior = tiny_prior()
+    prior.sampling = SamplingConfig(steps=3, num_frames=4, max_guidance=2.0)
+    seen = counted(prior, monkeypatch)
+    prior.enhance(random_clip(5, 8, 8), seeded())
+    # 3 steps, windows of 4 over 5 frames: 2, both branches
+    assert len(seen) == 3 * 2 * 2
+    assert {shape[0] for shape, _ in seen} == {4}
+
+
+def test_a_seed_of_its_own_makes_the_generator_irrelevant():
+    prior, clip = tiny_prior(), random_clip()
+    prior.sampling = SamplingConfig(seed=3)
+    first = prior.enhance(clip, seeded(0)).rgb
+    assert torch.equal(prior.enhance(clip, seeded(1)).rgb, first)
+    prior.sampling = SamplingConfig(seed=4)
+    assert not torch.equal(prior.enhance(clip, seeded(0)).rgb, first)
+
+
+@pytest.mark.parametrize("sampler", ["heun", "dpm++2m"])
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+def test_other_samplers_and_schedules_give_other_frames(sampler, schedule):
+    prior, clip = tiny_prior(), random_clip()
+    randomise(prior.unet, std=0.05)
+    prior.sampling = SamplingConfig(steps=3)
+    plain = prior.enhance(clip, seeded()).rgb
+    prior.sampling = SamplingConfig(steps=3, sampler=sampler, schedule=schedule)
+    assert not torch.equal(prior.enhance(clip, seeded()).rgb, plain)
+
+
+@pytest.mark.parametrize("fit", ["pad", "tile"])
+@pytest.mark.parametrize(("height", "width"), [(24, 40), (40, 24), (13, 90), (8, 8)])
+def test_clips_of_any_camera_come_back_at_its_size_and_no_tile_is_larger_than_the_frame(
+    fit, height, width, monkeypatch
+):
+    prior = tiny_prior(frame_height=16, frame_width=16)
+    prior.sampling = SamplingConfig(fit=fit)
+    seen = counted(prior, monkeypatch)
+    assert prior.enhance(random_clip(3, height, width), seeded()).rgb.shape == (3, 3, height, width)
+    assert max(max(shape[-2:]) for shape, _ in seen) <= 4  # 16 pixels, factor 4
+
+
+def test_a_prior_with_a_size_of_its_own_tiles_by_itself_and_one_without_takes_clips_as_they_are():
+    assert (tiny_prior(frame_height=16, frame_width=24).fit, tiny_prior().fit) == ("tile", "as-is")
+    assert tiny_prior(frame_height=16, frame_width=24).frame_size == (16, 24)
+
+
+def test_micro_conditions_of_the_unconditional_branch_are_kept_or_zeroed(monkeypatch):
+    for kept in (True, False):
+        prior = tiny_prior(max_guidance=2.0, unconditional_micro=kept)
+        seen = counted(prior, monkeypatch)
+        prior.enhance(random_clip(), seeded())
+        assert seen[0][1].micro.tolist() == [[6.0, 127.0, 0.0]]
+        assert seen[1][1].micro.tolist() == ([[6.0, 127.0, 0.0]] if kept else [[0.0, 0.0, 0.0]])
+        monkeypatch.undo()
+
+
+def test_frames_per_second_enter_less_one_or_as_they_are():
+    clip = random_clip()
+    assert tiny_prior().condition(clip, seeded()).micro[0, 0] == 6
+    assert tiny_prior(subtract_one_from_fps=False).condition(clip, seeded()).micro[0, 0] == 7
+
+
+def test_the_image_encoder_can_be_shown_squeezed_colours():
+    clip = random_clip()
+    squeezed = dataclasses.replace(clip, rgb=(clip.rgb + 1) / 2)
+    given = tiny_prior(halved_clip_input=True).condition(clip, seeded()).embeddings
+    torch.testing.assert_close(given, tiny_prior().condition(squeezed, seeded()).embeddings)
+
+
+def test_settings_of_sampling_that_cannot_work_are_refused():
+    with pytest.raises(ValueError, match="`steps` must be at least 1, got 0"):
+        SamplingConfig(steps=0)
+    with pytest.raises(ValueError, match="`num_frames` must be at least 3"):
+        SamplingConfig(num_frames=2)
+    with pytest.raises(ValueError, match="`frame_size` must be positive"):
+        SamplingConfig(frame_size=(0, 512))

@@ -1,16 +1,17 @@
 import pytest
 import torch
 
-from diffusion_prior.noise import karras_sigmas
-from diffusion_prior.sampler import frame_guidance, guide, sample_euler
+from diffusion_prior.noise import exponential_sigmas, karras_sigmas
+from diffusion_prior.sampler import SAMPLERS, frame_guidance, guide, sample_dpm_2m, sample_euler, sample_heun
 
 
+@pytest.mark.parametrize("sample", SAMPLERS.values())
 @pytest.mark.parametrize("steps", [1, 2, 10])
-def test_a_perfect_denoiser_gives_the_clean_sample(steps):
+def test_a_perfect_denoiser_gives_the_clean_sample(steps, sample):
     clean = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(3, 4, 5, 6, generator=torch.Generator().manual_seed(1))
-    sampled = sample_euler(lambda noisy, sigma: clean, noise, karras_sigmas(steps, 0.02, 80.0))
-    assert torch.equal(sampled, clean)
+    sampled = sample(lambda noisy, sigma: clean, noise, karras_sigmas(steps, 0.02, 80.0))
+    torch.testing.assert_close(sampled, clean)
 
 
 def test_two_euler_steps_by_hand():
@@ -34,3 +35,33 @@ def test_guidance_extrapolates_from_the_unconditional_frame_by_frame():
     unconditional = torch.full((1, 3, 1, 1, 1), 1.0)
     guided = guide(conditional, unconditional, torch.tensor([0.0, 1.0, 3.0]))
     assert guided.flatten().tolist() == [1.0, 2.0, 4.0]
+
+
+def test_two_heun_steps_by_hand():
+    # D(x) = x / 2, sigmas 4, 2, 0, noise 1: x = 4, slope 0.5; Euler predicts 3 at sigma 2, slope (3 - 1.5) / 2 = 0.75;
+    # x = 4 - 2 * (0.5 + 0.75) / 2 = 2.75; the last step is Euler's: D = 1.375
+    sampled = sample_heun(lambda noisy, sigma: noisy / 2, torch.ones(1), torch.tensor([4.0, 2.0, 0.0]))
+    assert sampled.item() == 1.375
+
+
+def test_three_dpm_steps_by_hand():
+    # D(x) = x / 2, sigmas 8, 4, 2, 0: x = 8, D = 4; x = 4 + (8 - 4) / 2 = 6; D = 3, both steps ln 2: 1.5 * 3 - 0.5 * 4 = 2.5;
+    # x = 2.5 + (6 - 2.5) / 2 = 4.25; the last step gives D = 2.125
+    sampled = sample_dpm_2m(lambda noisy, sigma: noisy / 2, torch.ones(1), torch.tensor([8.0, 4.0, 2.0, 0.0]))
+    assert sampled.item() == 2.125
+
+
+def test_second_order_solvers_are_nearer_to_the_exact_solution_at_equal_steps():
+    def error(sample):  # the flow of Gaussian data, as above
+        sampled = sample(lambda noisy, sigma: noisy / (1 + sigma**2), torch.ones(1), karras_sigmas(20, 0.002, 80.0))
+        return abs(sampled.item() - 0.99992)
+
+    assert error(sample_heun) < error(sample_euler) / 5
+    assert error(sample_dpm_2m) < error(sample_euler) / 5
+
+
+def test_exponential_levels_fall_by_one_factor():
+    levels = exponential_sigmas(4, 1.0, 8.0)
+    torch.testing.assert_close(levels, torch.tensor([8.0, 4.0, 2.0, 1.0, 0.0]))
+    with pytest.raises(ValueError, match="0 < sigma_min < sigma_max"):
+        exponential_sigmas(4, 8.0, 1.0)

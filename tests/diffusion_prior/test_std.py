@@ -39,6 +39,25 @@ def test_an_untrained_std_is_the_stock_decoder_bit_for_bit(patch_size, layers):
 
 
 @torch.no_grad()
+def test_on_a_vae_as_deep_as_svds_an_untrained_std_is_the_stock_decoder_bit_for_bit_too():
+    torch.manual_seed(0)
+    vae = AutoencoderKLTemporalDecoder(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 128, 128),  # SVD's (128, 256, 512, 512), a quarter as wide
+        layers_per_block=2,
+        latent_channels=4,
+    ).eval()
+    randomise(vae, std=0.05)
+    clip = random_clip(3, height=32, width=40)
+    condition = decoder_condition(clip.rgb, clip.alpha, clip.disparity)
+    latents = torch.randn(3, 4, 4, 5, generator=torch.Generator().manual_seed(1))
+    stock = vae.decode(latents.contiguous(memory_format=torch.channels_last), num_frames=3).sample
+    assert torch.equal(SpatialTemporalDecoder.from_vae(vae).eval()(latents[None], condition[None])[0], stock)
+
+
+@torch.no_grad()
 def test_the_copy_of_the_decoder_is_a_copy():
     vae = video_vae()
     std = SpatialTemporalDecoder.from_vae(vae)

@@ -64,4 +64,4 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys, tmp_path)
 def test_inspecting_a_folder_that_is_no_prior_ends_with_status_1(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["inspect-prior", str(tmp_path)])
-    assert "lacks" in capsys.readouterr().err
+    assert "FAULT missing: unet/" in capsys.readouterr().out

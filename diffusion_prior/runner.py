@@ -1,0 +1,70 @@
+"""A prior made ready for the clips of one run: precision, memory preset, and a line about what it will need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from diffusion_prior.checkpoints import read_prior, resolve
+from diffusion_prior.fitting import fit_clip
+from diffusion_prior.memory import GIB, PRESETS, choose_preset, estimate_memory
+from diffusion_prior.prior import VideoPrior, fast_dtype
+from diffusion_prior.sampling_config import SamplingConfig
+from diffusion_prior.types import ConditionClip
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def prepare_prior(
+    name: str,
+    device: torch.device,
+    sampling: SamplingConfig,
+    clip: ConditionClip,
+    say: Callable[[str], None],
+) -> VideoPrior:
+    """Load a prior for clips like the given one.
+
+    Args:
+        name: as in `checkpoints.load_prior`.
+        device: where it shall compute.
+        sampling: what the user asks for.
+        clip: the first one; others are taken to be as large.
+        say: is told the estimated memory before anything is computed, on a GPU or where a preset was asked for.
+
+    Raises:
+        ValueError: unknown name, or a prior that is broken.
+        FileNotFoundError: a part, or a hub repository, that cannot be had.
+    """
+    folders = resolve(name)
+    prior = read_prior(folders.folder, folders.unet).eval()
+    prior.sampling = sampling
+    dtype = fast_dtype(device) if sampling.precision == "auto" else DTYPES[sampling.precision]
+    prior.to(dtype=dtype)
+    preset = "all" if sampling.memory == "auto" and device.type != "cuda" else sampling.memory
+    if preset != "all" or device.type == "cuda":
+        preset = _announced(prior, preset, device, clip, say)
+    prior.use_memory_preset(PRESETS[preset])
+    return prior.to(device)
+
+
+def _announced(
+    prior: VideoPrior, preset: str, device: torch.device, clip: ConditionClip, say: Callable[[str], None]
+) -> str:
+    """The preset, decided, after the estimate was told."""
+    fitted = fit_clip(clip, prior.fit, prior.frame_size).clip
+    size = (fitted.num_frames, *fitted.rgb.shape[-2:])
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if preset == "auto":
+        assert free is not None
+        preset = choose_preset(prior, *size, free)
+    estimate = estimate_memory(prior, *size, PRESETS[preset])
+    text = (
+        f"The prior will need about {estimate} for {size[0]} frames of {size[2]} x {size[1]} (memory preset {preset})."
+    )
+    if free is not None:
+        text += f" {free / GIB:.1f} GiB are free."
+        if estimate.peak > free:
+            text += " That may not be enough: see `--pipeline.model.enhance.sampling.memory` and `.frame-size`."
+    say(text)
+    return preset

@@ -1,0 +1,53 @@
+import pytest
+import torch
+from svd_folders import write_svd_folder
+from tiny_prior import random_clip
+
+from diffusion_prior.memory import PRESETS
+from diffusion_prior.runner import prepare_prior
+from diffusion_prior.sampling_config import SamplingConfig
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(write_svd_folder(tmp_path_factory.mktemp("svd")))
+
+
+def test_on_a_cpu_all_of_the_memory_is_used_and_nothing_is_said(folder):
+    said = []
+    prior = prepare_prior(folder, CPU, SamplingConfig(precision="fp32"), random_clip(), said.append)
+    assert prior.preset == PRESETS["all"]
+    assert said == []
+
+
+def test_a_preset_is_followed_and_the_estimate_told_before_anything_runs(folder):
+    said = []
+    sampling = SamplingConfig(memory="8gb", steps=1, frame_size=(16, 16), precision="fp32")
+    prior = prepare_prior(folder, CPU, sampling, random_clip(3, 30, 60), said.append)
+    assert prior.preset == PRESETS["8gb"]
+    (line,) = said
+    # the shorter side of 30 goes to 16, the longer one of 60 to 32
+    assert "for 3 frames of 32 x 16 (memory preset 8gb)." in line
+    assert prior.enhance(random_clip(3, 30, 60), torch.Generator().manual_seed(0)).rgb.shape == (3, 3, 30, 60)
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
+def test_the_precision_asked_for_is_that_of_the_networks(folder, precision, dtype):
+    prior = prepare_prior(folder, CPU, SamplingConfig(precision=precision), random_clip(), print)
+    assert prior.unet.dtype == prior.std.dtype == dtype
+
+
+def test_on_a_gpu_the_first_preset_that_fits_into_what_is_free_is_taken(folder, monkeypatch):
+    from diffusion_prior import prior as prior_module
+
+    # a GPU that is too small for anything, without one: nothing is moved there
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 8 << 30))
+    monkeypatch.setattr(prior_module.VideoPrior, "to", lambda self, device=None, dtype=None: self)
+    said = []
+    prior = prepare_prior(folder, torch.device("cuda"), SamplingConfig(precision="fp32"), random_clip(), said.append)
+    assert prior.preset == PRESETS["8gb"]
+    assert "That may not be enough" in said[0]
