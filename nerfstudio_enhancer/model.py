@@ -27,6 +27,7 @@ from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.losses import confidence_weighted_photometric, depth_loss
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
+from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
 from nerfstudio_enhancer.viewer import EnhancerControls
 
 if TYPE_CHECKING:
@@ -43,6 +44,9 @@ torch.serialization.add_safe_globals(
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
 """The colour on which splatfacto evaluates when it trains on random backgrounds."""
 
+SPLATFACTO_OPACITY = 0.1
+"""Opacity at which splatfacto's splats start."""
+
 
 @dataclass
 class EnhancerModelConfig(SplatfactoModelConfig):
@@ -57,6 +61,8 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     depth_weight: float = 0.0
     """Weight of the depth loss: on reference views the rendered depth is pulled to the stereo depth where that is
     consistent. 0 is splatfacto."""
+    seen_opacity: float = 0.1
+    """Opacity at which splats start from seed points that photographs agree on, in (0, 1); random ones start at 0.1."""
     gaussian_dropout: float = 0.0
     """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
@@ -114,9 +120,16 @@ class EnhancerModel(SplatfactoModel):
             "quats": random_quat_tensor(count),
             "features_dc": dc,
             "features_rest": rest,
-            "opacities": torch.logit(0.1 * torch.ones(count, 1)),
+            "opacities": torch.logit(self._initial_opacities(count)),
         }
         return {name: torch.nn.Parameter(value) for name, value in values.items()}
+
+    def _initial_opacities(self, count: int) -> Tensor:
+        """Opacity of the first splats [n 1]: seed points where photographs agree may start more solid than random ones."""
+        opacities = torch.full((count, 1), SPLATFACTO_OPACITY)
+        num_seen = (self.kwargs.get("metadata") or {}).get(NUM_SEEN_POINTS, 0)
+        opacities[:num_seen] = self.config.seen_opacity
+        return opacities
 
     def _set_metrics(self) -> None:
         from torchmetrics.image import PeakSignalNoiseRatio

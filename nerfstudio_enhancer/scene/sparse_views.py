@@ -15,11 +15,15 @@ from torch import Tensor
 
 from nerfstudio_enhancer.initial_splats import SeedPointsConfig, SeedSource
 from nerfstudio_enhancer.scene.capture import Capture, Frame, read_capture
+from nerfstudio_enhancer.scene.photograph_folder import with_photographs_from
 from nerfstudio_enhancer.scene.photographs import checked_photographs, read_rgb_and_usable
-from nerfstudio_enhancer.scene.splits import ViewSplit, split_views
+from nerfstudio_enhancer.scene.splits import SplitRule, ViewSplit, split_views
 
 STEREO_DEPTH = "stereo_depth"
 """Key of the train split's metadata under which the references' stereo depth lies, a tuple that may be empty."""
+
+NUM_SEEN_POINTS = "num_seen_points"
+"""Key under which stands how many of the first seed points are placed where photographs agree."""
 
 RIGID_TOLERANCE = 1e-3
 """Largest deviation of R^T R from the identity: poses are written with at least four digits."""
@@ -40,6 +44,14 @@ class SparseViewsDataParserConfig(DataParserConfig):
     """Names of the reference photographs, instead of `num_views`."""
     test_every: int = 8
     """Every how many of the other photographs one is a test view; the others stay unused."""
+    split_rule: SplitRule = "references-first"
+    """references-first: references are chosen, then test views among the rest (3DGS-Enhancer). test-first: every
+    `test_every`-th photograph is a test view, references are chosen among the others (Mip-NeRF 360, ReconFusion)."""
+    split_file: Path | None = None
+    """JSON file that names references and test views, such as ReconFusion's published `train_test_split_9.json`."""
+    image_folder: str | None = None
+    """Folder of photographs inside the capture, such as `images_4`; by default the one that the capture names, or its
+    largest downscaled copies where those photographs are missing (DL3DV)."""
     seed_points: SeedSource = "auto"
     """Where the first splats lie. sfm: points of the capture's COLMAP model that reference views observe, placed anew
     from these observations. triangulated: SIFT points matched between the reference photographs. stereo: these, and
@@ -94,9 +106,16 @@ class SparseViewsDataParser(DataParser):
     def _generate_dataparser_outputs(self, split: str = "train", **kwargs: Any) -> DataparserOutputs:
         if split not in ("train", "val", "test", "unused"):
             raise ValueError(f"Unknown split {split!r}; there are train, val, test and unused.")
-        capture = read_capture(self.config.data)
+        capture = with_photographs_from(read_capture(self.config.data), self.config.image_folder)
         camera_type = _camera_type(capture)
-        views = split_views(capture, self.config.num_views, self.config.reference_views, self.config.test_every)
+        views = split_views(
+            capture,
+            self.config.num_views,
+            self.config.reference_views,
+            self.config.test_every,
+            self.config.split_rule,
+            self.config.split_file,
+        )
         references = [capture.frames[index] for index in views.reference]
         check_poses(references)
         normalisation = self._normalisation(capture, references)
@@ -157,7 +176,10 @@ class SparseViewsDataParser(DataParser):
         from nerfstudio_enhancer.initial_splats import ReferenceView, seed_points
         from nerfstudio_enhancer.scene.point_clouds import read_capture_points, reference_tracks
 
-        sparse = self.config.num_views is not None or self.config.reference_views is not None
+        sparse = any(
+            choice is not None
+            for choice in (self.config.num_views, self.config.reference_views, self.config.split_file)
+        )
         if not sparse and self.config.seed_points in ("auto", "sfm"):
             points = read_capture_points(capture)
             if points is not None:
@@ -180,7 +202,12 @@ class SparseViewsDataParser(DataParser):
             generator=torch.Generator().manual_seed(self.config.seed),
             tracks=reference_tracks(capture, frames) if self.config.seed_points in ("auto", "sfm") else None,
         )
-        return {"points3D_xyz": points.xyz, "points3D_rgb": points.rgb, STEREO_DEPTH: points.depths}
+        return {
+            "points3D_xyz": points.xyz,
+            "points3D_rgb": points.rgb,
+            NUM_SEEN_POINTS: points.num_seen,
+            STEREO_DEPTH: points.depths,
+        }
 
 
 def check_poses(frames: list[Frame]) -> None:

@@ -19,9 +19,9 @@ class SweepConfig:
     """Share of the colour's difference in the cost; the rest is correlation."""
     colour_limit: float = 0.15
     """Mean absolute difference of colours in [0, 1] that costs 1; larger ones cost no more."""
-    small_step_penalty: float = 0.015
+    small_step_penalty: float = 0.01
     """Penalty of neighbours one plane apart (Hirschmueller's P1; costs lie in [0, 1])."""
-    large_step_penalty: float = 0.3
+    large_step_penalty: float = 0.15
     """Penalty of neighbours further apart (P2), where the picture is flat; less across edges."""
     edge: float = 0.03
     """Difference of grey between neighbours at which the large penalty is halved."""
@@ -32,9 +32,7 @@ class RefineConfig:
     """Slanted PatchMatch of one reference view."""
 
     iterations: int = 3
-    """Rounds of candidates: from the other views (but in the first), from neighbours, random ones."""
-    max_offered_cost: float = 0.3
-    """A view offers the others those of its planes that match at least so well."""
+    """Rounds of candidates: neighbours' planes, then random changes."""
     patch_radius: int = 4
     """Half side of the patch in pixels."""
     patch_step: int = 2

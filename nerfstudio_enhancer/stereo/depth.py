@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
-from nerfstudio_enhancer.stereo.refine import Planes, Refinement, planes_seen_from
+from nerfstudio_enhancer.stereo.config import StereoConfig, SweepConfig
+from nerfstudio_enhancer.stereo.refine import Planes, refine
 from nerfstudio_enhancer.stereo.sweep import (
     aggregate,
     inverse_depth_planes,
@@ -57,20 +57,17 @@ def estimate_depth(
     fine = [view.resized(min(config.refine_px, max(view.size))) for view in views]
     coarse = [view.resized(min(config.sweep_px, max(view.size))) for view in views]
     sources = choose_sources(fine, depth_ranges, config.max_sources)
-    refinements = []
+    found = []
     for index, depth_range in enumerate(depth_ranges):
         others = sources[index]
         if not others:
-            refinements.append(None)
+            found.append(None)
             continue
         inverse, planes = _swept(coarse[index], [coarse[i] for i in others], depth_range, config.sweep)
         inverse = F.interpolate(inverse[None, None], fine[index].size, mode="nearest")[0, 0]
         bounds, step = (float(planes[0]), float(planes[-1])), float(planes[1] - planes[0])
-        refinements.append(
-            Refinement(fine[index], [fine[i] for i in others], inverse, step, bounds, config.refine, generator)
-        )
-    _refine(refinements, fine, sources, config.refine)
-    found = [None if refinement is None else refinement.planes for refinement in refinements]
+        others = [fine[i] for i in others]
+        found.append(refine(fine[index], others, inverse, step, bounds, config.refine, generator))
     return [_checked(index, fine, found, config) for index in range(len(fine))]
 
 
@@ -81,25 +78,6 @@ def _swept(
     planes = inverse_depth_planes(view, sources, depth_range, config)
     cost = matching_cost(view, sources, planes, config)
     return winner(aggregate(cost, view.grey, config), planes), planes
-
-
-def _refine(
-    refinements: Sequence[Refinement | None],
-    views: Sequence[StereoView],
-    sources: Sequence[Sequence[int]],
-    config: RefineConfig,
-) -> None:
-    """Refine all views, in turns: planes that match in one view are offered to the others."""
-    for iteration in range(config.iterations):
-        for index, refinement in enumerate(refinements):
-            if refinement is None:
-                continue
-            for other in sources[index] if iteration > 0 else ():
-                theirs = refinements[other]
-                if theirs is not None:
-                    seen = planes_seen_from(views[index], views[other], theirs.planes, config.max_offered_cost)
-                    refinement.offer(torch.where(seen[0] > 0, seen, refinement.planes.state))
-            refinement.iterate(0.5 ** (iteration + 1))
 
 
 def _checked(

@@ -19,7 +19,7 @@ from nerfstudio_enhancer.stereo.sweep import UNSEEN, BetterHalf, Relative, pixel
 from nerfstudio_enhancer.stereo.views import StereoView
 
 
-@dataclass
+@dataclass(frozen=True)
 class Planes:
     """The plane of each pixel of one view, and how well it matches."""
 
@@ -27,112 +27,57 @@ class Planes:
     """Inverse depth at the pixel and its change per pixel along u and v."""
     cost: Float[Tensor, "h w"]
     """Matching cost in [0, 1]."""
-    step: float
-    """Distance of the sweep's planes in inverse depth: the unit of changes."""
-    bounds: tuple[float, float]
-    """Smallest and largest inverse depth."""
 
 
-class Refinement:
-    """Refines the planes of one view; its sources may be photographs whose planes are refined at the same time."""
+def refine(
+    view: StereoView,
+    sources: Sequence[StereoView],
+    inverse_depth: Float[Tensor, "h w"],
+    step: float,
+    bounds: tuple[float, float],
+    config: RefineConfig,
+    generator: torch.Generator,
+) -> Planes:
+    """Slanted planes that match best, from a first inverse depth.
 
-    def __init__(
-        self,
-        view: StereoView,
-        sources: Sequence[StereoView],
-        inverse_depth: Float[Tensor, "h w"],
-        step: float,
-        bounds: tuple[float, float],
-        config: RefineConfig,
-        generator: torch.Generator,
-    ) -> None:
-        """Start from fronto-parallel pieces.
-
-        Args:
-            view: the view.
-            sources: its sources.
-            inverse_depth: where to start.
-            step: distance of the sweep's planes; random changes start at half of it and shrink.
-            bounds: smallest and largest inverse depth.
-            config: settings.
-            generator: of the random changes, on the CPU.
-        """
-        self.view = view
-        self.config = config
-        self.generator = generator
-        self.patches = _Patches(view, sources, config)
-        slopes = torch.stack(_gradients(inverse_depth)).clamp(-step, step)
-        state = torch.cat([inverse_depth[None], slopes])
-        self.planes = Planes(state, self.patches.cost(state), step, bounds)
-
-    def iterate(self, scale: float) -> None:
-        """Try the neighbours' planes, then random changes of `scale` steps."""
-        for candidate in _candidates(self.planes, scale, self.generator):
-            self.offer(candidate)
-
-    def offer(self, candidate: Float[Tensor, "3 h w"]) -> None:
-        """Take a candidate wherever it matches better and is no rougher."""
-        planes, weight = self.planes, self.config.smoothness
-        candidate = torch.cat([candidate[:1].clamp(*planes.bounds), candidate[1:]])
-        cost = self.patches.cost(candidate)
-        said = _said_by_neighbours(planes.state)
-        gain = planes.cost - cost
-        gain += weight * (_roughness(planes.state, said, planes.step) - _roughness(candidate, said, planes.step))
-        planes.state = torch.where(gain > 0, candidate, planes.state)
-        planes.cost = torch.where(gain > 0, cost, planes.cost)
-
-
-def planes_seen_from(view: StereoView, other: StereoView, planes: Planes, max_cost: float) -> Float[Tensor, "3 h w"]:
-    """The planes of another view as this view sees them, the nearest where several fall on a pixel; 0 where none does.
-
-    A plane n . X = 1 in a camera's coordinates has the inverse depth n . K^-1 (u, v, 1); X' = R X + t turns n' into
-    R^T n' / (1 - n' . t).
+    A candidate is taken wherever it matches better and is no rougher.
 
     Args:
-        view: who looks.
-        other: whose planes they are.
-        planes: of the other view.
-        max_cost: planes that match worse are left out.
+        view: the view.
+        sources: its sources.
+        inverse_depth: where to start.
+        step: distance of the sweep's planes; random changes start at half of it and shrink.
+        bounds: smallest and largest inverse depth.
+        config: settings.
+        generator: of the random changes, on the CPU.
     """
-    device = view.grey.device
-    to_other = other.world_to_camera @ torch.linalg.inv(view.world_to_camera)
-    rotation, translation = to_other[:3, :3].to(planes.state), to_other[:3, 3].to(planes.state)
-    grid = pixel_grid(other)
-    inverse, slope_u, slope_v = planes.state
-    constant = inverse - slope_u * grid[0] - slope_v * grid[1]
-    normal = torch.einsum("ji,jhw->ihw", other.intrinsics.to(inverse), torch.stack([slope_u, slope_v, constant]))
-    moved = torch.einsum("ji,jhw->ihw", rotation, normal) / (1 - torch.einsum("i,ihw->hw", translation, normal))
-    in_view = torch.einsum("ji,jhw->ihw", torch.linalg.inv(view.intrinsics).to(inverse), moved)
-    points = torch.einsum("ij,jhw->ihw", torch.linalg.inv(other.intrinsics).to(inverse), grid) / inverse
-    points = torch.einsum("ji,jhw->ihw", rotation, points - translation[:, None, None])
-    pixel = torch.einsum("ij,jhw->ihw", view.intrinsics.to(inverse), points)
-    column, row = (pixel[:2] / pixel[2:].clamp(min=1e-9)).floor()
-    height, width = view.size
-    inside = (points[2] > 1e-9) & (column >= 0) & (row >= 0) & (column < width) & (row < height)
-    inside &= (planes.cost < max_cost) & torch.isfinite(in_view).all(0)
-    place = (row * width + column)[inside].long()
-    at_centre = in_view[0] * (column + 0.5) + in_view[1] * (row + 0.5) + in_view[2]
-    found = torch.stack([at_centre, in_view[0], in_view[1]])[:, inside]
-    nearest = torch.zeros(height * width, device=device, dtype=inverse.dtype)
-    nearest = nearest.scatter_reduce(0, place, found[0], reduce="amax")
-    wins = found[0] == nearest[place]
-    result = torch.zeros(3, height * width, device=device, dtype=inverse.dtype)
-    result[:, place[wins]] = found[:, wins]
-    return result.reshape(3, height, width)
+    patches = _Patches(view, sources, config)
+    slopes = torch.stack(_gradients(inverse_depth)).clamp(-step, step)
+    state = torch.cat([inverse_depth[None], slopes])
+    cost = patches.cost(state)
+    for iteration in range(config.iterations):
+        for tried in _candidates(state, step * 0.5 ** (iteration + 1), generator):
+            candidate = torch.cat([tried[:1].clamp(*bounds), tried[1:]])
+            candidate_cost = patches.cost(candidate)
+            said = _said_by_neighbours(state)
+            rougher = _roughness(candidate, said, step) - _roughness(state, said, step)
+            better = candidate_cost + config.smoothness * rougher < cost
+            state = torch.where(better, candidate, state)
+            cost = torch.where(better, candidate_cost, cost)
+    return Planes(state, cost)
 
 
-def _candidates(planes: Planes, scale: float, generator: torch.Generator) -> Iterator[Float[Tensor, "3 h w"]]:
-    """Planes of neighbours continued to here, then random changes of what is there."""
+def _candidates(state: Float[Tensor, "3 h w"], size: float, generator: torch.Generator) -> Iterator[Tensor]:
+    """Planes of neighbours continued to here, then random changes (standard deviation `size`) of what was there."""
     for distance in NEIGHBOUR_DISTANCES_PX:
         for rows, columns in SIDES:
-            yield _continued(planes.state, rows * distance, columns * distance)
-    size = planes.step * scale
-    noise = torch.randn(planes.state.shape, generator=generator).to(planes.state) * size
+            yield _continued(state, rows * distance, columns * distance)
+    noise = torch.randn(state.shape, generator=generator).to(state) * size
     noise[1:] *= TILT_SHARE
-    yield planes.state + noise
-    tilt = torch.randn(planes.state.shape, generator=generator).to(planes.state) * size * TILT_SHARE
+    yield state + noise
+    tilt = torch.randn(state.shape, generator=generator).to(state) * size * TILT_SHARE
     tilt[0] = 0
-    yield planes.state + tilt
+    yield state + tilt
 
 
 NEIGHBOUR_DISTANCES_PX = (1, 4)

@@ -10,7 +10,7 @@ from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, 
 from nerfstudio_enhancer.losses import depth_loss
 from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
 from nerfstudio_enhancer.stereo.depth import StereoDepth, estimate_depth
-from nerfstudio_enhancer.stereo.refine import Planes, planes_seen_from
+from nerfstudio_enhancer.stereo.refine import refine
 from nerfstudio_enhancer.stereo.seeds import consistent_points, trusted_depth, unexplained_pixels, world_points
 from nerfstudio_enhancer.stereo.sweep import (
     UNSEEN,
@@ -19,6 +19,7 @@ from nerfstudio_enhancer.stereo.sweep import (
     _window_sum,
     aggregate,
     inverse_depth_planes,
+    pixel_grid,
     winner,
 )
 from nerfstudio_enhancer.stereo.views import StereoView, choose_sources, stereo_view
@@ -107,32 +108,30 @@ def test_the_nearer_of_two_useful_sources_comes_first_and_others_are_left_out() 
     assert choose_sources(views, [(4.0, 6.0)] * 4, most=2)[0] == [2, 3]
 
 
-def test_a_slanted_plane_is_the_same_plane_from_another_camera() -> None:
-    # The plane z = 5 + 0.2 x in the world; 1 / z on the ray (u, 1) is (1 - 0.2 u) / 5.
-    a, b = camera(0.0), camera(0.5, turn_deg=-4.0)
-    normal = torch.tensor([-0.2, 0.0, 1.0], dtype=torch.float64) / 5
+def test_refinement_finds_the_slant_of_a_textured_plane() -> None:
+    # The plane z = 4 + x with a texture of smooth noise, seen from (0, 0, 0) and 0.4 to either side: the inverse depth at
+    # the middle is 1 / 4, and by z (1 - u) = 4 it falls by 1 / 4 per unit of u = x / z, 1 / 400 per pixel.
+    texture = torch.rand(1, 1, 40, 40, generator=torch.Generator().manual_seed(0))
 
-    def planes_of(view: StereoView) -> torch.Tensor:
-        rotation, centre = view.world_to_camera[:3, :3], view.centre
-        in_camera = rotation @ normal / (1 - normal @ centre)
-        u, v, constant = torch.linalg.inv(view.intrinsics).T @ in_camera
-        height, width = view.size
-        rows, columns = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-        inverse = u * columns + v * rows + constant
-        return torch.stack([inverse, u.expand_as(inverse), v.expand_as(inverse)]).float()
+    def photograph(view: StereoView) -> StereoView:
+        grid = pixel_grid(view).double()
+        rays = torch.einsum("ij,jhw->ihw", torch.linalg.inv(view.intrinsics), grid)
+        z = (4 + view.centre[0]) / (1 - rays[0])
+        place = torch.stack([rays[0] * z + view.centre[0], rays[1] * z], dim=-1).float() / 4
+        grey = torch.nn.functional.grid_sample(texture, place[None], mode="bicubic", align_corners=False)[0, 0]
+        return replace(view, grey=grey, rgb=grey[..., None].expand(-1, -1, 3))
 
-    source = Planes(planes_of(b), torch.zeros(b.size), 0.01, (0.01, 1.0))
-    seen = planes_seen_from(a, b, source, max_cost=0.5)
-    found = seen[0] > 0
-    assert 0.5 < float(found.float().mean()) < 1
-    torch.testing.assert_close(seen[:, found], planes_of(a)[:, found], rtol=1e-3, atol=1e-5)
-
-
-def test_planes_that_match_badly_are_not_offered() -> None:
-    view = camera()
-    state = torch.zeros(3, *view.size)
-    state[0] = 0.2
-    assert not planes_seen_from(view, view, Planes(state, torch.ones(view.size), 0.01, (0.1, 1.0)), max_cost=0.3).any()
+    views = [photograph(camera(x)) for x in (0.0, -0.4, 0.4)]
+    flat = torch.full(views[0].size, 0.26)
+    planes = refine(
+        views[0], views[1:], flat, 0.02, (0.1, 0.5), RefineConfig(iterations=6), torch.Generator().manual_seed(0)
+    )
+    inner = (slice(20, 60), slice(30, 70))
+    truth = 0.25 - (pixel_grid(views[0])[0] - 50) / 400
+    assert (planes.state[0] - truth)[inner].abs().median() < 0.004  # 0.16 px in the sources; 0.025 at the start
+    assert float(planes.state[1][inner].median()) == pytest.approx(-1 / 400, abs=5e-4)
+    assert float(planes.state[2][inner].median()) == pytest.approx(0, abs=5e-4)
+    assert float(planes.cost[inner].median()) < 0.08
 
 
 # ------------------------------------------------------------------------------------------------- matching
