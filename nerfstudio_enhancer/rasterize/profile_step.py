@@ -24,6 +24,7 @@ import torch
 import tyro
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackLocation
 from nerfstudio.engine.optimizers import AdamOptimizerConfig
+from nerfstudio.utils import writer
 from nerfstudio.utils.rich_utils import CONSOLE
 from PIL import Image
 from pytorch_msssim import SSIM
@@ -126,6 +127,7 @@ def profile_step(command: ProfileStep) -> dict[str, Any]:
             trainer.train()
         splats = trainer.pipeline.model.num_points
         trainer.shutdown()
+        _close_writers()
     steps = command.steps
     parts = {name: 1e3 * seconds / steps for name, seconds in sections.seconds.items()}
     step = 1e3 * (marks["end"] - marks["start"]) / steps
@@ -140,6 +142,14 @@ def profile_step(command: ProfileStep) -> dict[str, Any]:
         "seconds_of_set_up": set_up,
         "seconds_from_start_of_training_to_end_of_first_step": marks["first"] - started,
     }
+
+
+def _close_writers() -> None:
+    """Nerfstudio keeps its event writers for the life of the process; theirs is a folder that is about to go."""
+    for event_writer in writer.EVENT_WRITERS:
+        if isinstance(event_writer, writer.TensorboardWriter):
+            event_writer.tb_writer.close()
+    writer.EVENT_WRITERS.clear()
 
 
 def _parts(trainer: Any) -> list[tuple[Any, str, str]]:
