@@ -1,6 +1,7 @@
 """Batches from reference photographs and, once a round has run, from enhanced views at a set ratio."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from nerfstudio.cameras.cameras import Cameras
@@ -9,7 +10,7 @@ from nerfstudio.data.datasets.base_dataset import InputDataset
 
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
 from nerfstudio_enhancer.random_state import step_generator
-from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
+from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH, SparseViewsDataParserConfig
 
 TRUSTED_DEPTH = "trusted_depth"
 """Key of a batch under which the stereo depth of its reference lies."""
@@ -30,12 +31,21 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
 
     config: EnhancerDataManagerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # as nerfstudio's own do
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(
+        self,
+        config: EnhancerDataManagerConfig,
+        device: torch.device | str = "cpu",
+        test_mode: Literal["test", "val", "inference"] = "val",
+        **kwargs,
+    ) -> None:
+        if test_mode == "test" and isinstance(config.dataparser, SparseViewsDataParserConfig):
+            # The splats come from a checkpoint: seed points would be searched only to be thrown away.
+            config = replace(config, dataparser=replace(config.dataparser, seed_points="none"))
         self.enhanced_views: EnhancedViewStore | None = None
         self.enhanced_ratio = 0.0
         self.seed = 0
         self._depth_at_reference: dict[int, torch.Tensor] = {}
-        super().__init__(*args, **kwargs)
+        super().__init__(config=config, device=device, test_mode=test_mode, **kwargs)
 
     def create_train_dataset(self) -> InputDataset:
         """The reference photographs, reduced to `max_image_size`."""

@@ -29,7 +29,7 @@ STEREO_SEED = 0
 CANDIDATES_AT_ONCE = 1 << 16
 """Descriptor pairs compared at once: bounds the memory, not the result."""
 
-SeedSource = Literal["auto", "sfm", "stereo", "triangulated", "random"]
+SeedSource = Literal["auto", "sfm", "stereo", "triangulated", "random", "none"]
 """Where seed points come from."""
 
 NUM_NEIGHBOURS = 8

@@ -150,7 +150,7 @@ def _train(config: TrainerConfig) -> tuple[Trainer, float]:
     config.save_config()
     if config.load_dir is not None and model_of(config).depth_weight == 0:
         # The splats come from a checkpoint: seed points would only be searched to be thrown away.
-        with_seed_points(config, "random")
+        with_seed_points(config, "none")
     begin_s = time.monotonic()
     set_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)

@@ -10,11 +10,11 @@ if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
 
     from nerfstudio_enhancer.datamanager import EnhancerDataManagerConfig
+    from nerfstudio_enhancer.initial_splats import SeedSource
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 
 Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs"]
-SeedSource = Literal["auto", "sfm", "stereo", "triangulated", "random"]
 
 Addition = Literal["background", "depth", "regularisation"]
 ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation")

@@ -56,7 +56,7 @@ class SparseViewsDataParserConfig(DataParserConfig):
     """Where the first splats lie. sfm: points of the capture's COLMAP model that reference views observe, placed anew
     from these observations. triangulated: SIFT points matched between the reference photographs. stereo: these, and
     dense points from multi-view stereo between the references. random: uniformly in the references' joint region,
-    without looking at a photograph (the paper). auto: the best of these to be had."""
+    without looking at a photograph (the paper). auto: the best of these to be had. none: splatfacto's random cube."""
     initial: SeedPointsConfig = field(default_factory=SeedPointsConfig)
     """How seed points are found and how many random ones are added."""
     seed: int = 0
@@ -123,7 +123,7 @@ class SparseViewsDataParser(DataParser):
         check_distortion(frames, camera_type)
         cameras = _cameras(frames, normalisation, camera_type, capture)
         metadata: dict[str, Any] = {}
-        if split == "train" and not self._only_looks:
+        if split == "train" and not self._only_looks and self.config.seed_points != "none":
             metadata.update(self._seed_points(capture, frames, cameras, normalisation))
         return DataparserOutputs(
             image_filenames=[frame.image for frame in frames],

@@ -76,7 +76,7 @@ def stereo_view(view: ReferenceView, long_side_px: int) -> StereoView:
             lens = np.array([k1, k2, p1, p2, k3])
             columns, rows = cv2.initUndistortRectifyMap(shifted, lens, np.eye(3), shifted, size, cv2.CV_32FC1)
         rgb = cv2.remap(rgb, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        usable = cv2.remap(usable, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=0)
+        usable = cv2.remap(usable, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(0.0,))
     full = torch.from_numpy(np.ascontiguousarray(rgb))
     whole = StereoView(
         rgb=full,

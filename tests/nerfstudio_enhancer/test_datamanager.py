@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+import torch
+from scenes import tiny_scene, write_nerfstudio_folder
+
+from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH, EnhancerDataManager, EnhancerDataManagerConfig
+from nerfstudio_enhancer.initial_splats import SeedPointsConfig
+from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
+from nerfstudio_enhancer.stereo.config import StereoConfig
+
+SCENE = tiny_scene(num_images=5, width=160, height=120, arc_deg=40.0)
+
+
+def data_manager(folder: Path, test_mode: str, **settings) -> EnhancerDataManager:
+    write_nerfstudio_folder(folder, SCENE)
+    config = EnhancerDataManagerConfig(
+        dataparser=SparseViewsDataParserConfig(data=folder, num_views=3, **settings), max_image_size=80
+    )
+    return config.setup(device="cpu", test_mode=test_mode, world_size=1, local_rank=0)
+
+
+def test_no_seed_points_are_searched_where_a_finished_model_is_evaluated(tmp_path: Path, monkeypatch) -> None:
+    def searched(*args, **kwargs):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("nerfstudio_enhancer.initial_splats.seed_points", searched)
+    manager = data_manager(tmp_path / "a", "test")
+    assert "points3D_xyz" not in manager.train_dataparser_outputs.metadata
+    with pytest.raises(AssertionError, match="searched"):
+        data_manager(tmp_path / "b", "val")
+
+
+def test_batches_of_references_carry_their_trusted_depth(tmp_path: Path) -> None:
+    initial = SeedPointsConfig(stereo=StereoConfig(sweep_px=80, refine_px=100))
+    manager = data_manager(tmp_path, "val", seed_points="stereo", initial=initial)
+    scale = manager.train_dataparser_outputs.dataparser_scale
+    camera, batch = manager.next_train(0)
+    trusted = batch[TRUSTED_DEPTH]
+    assert trusted.shape == (60, 80, 1) == (*batch["image"].shape[:2], 1)
+    assert 0.3 < float((trusted > 0).float().mean()) < 1
+    assert camera.metadata is not None
+    index = int(camera.metadata["cam_idx"])
+    # References are the first, the middle and the last of five; the scene's own depth at the centres of 2 x 2 pixels.
+    truth = torch.from_numpy(SCENE.depth[[0, 2, 4][index]][::2, ::2]).float() * scale
+    known = trusted[..., 0] > 0
+    assert ((trusted[..., 0] / truth - 1).abs()[known]).median() < 0.01
+
+
+def test_without_stereo_batches_carry_no_depth(tmp_path: Path) -> None:
+    manager = data_manager(tmp_path, "val", seed_points="random")
+    assert TRUSTED_DEPTH not in manager.next_train(0)[1]
