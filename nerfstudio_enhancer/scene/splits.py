@@ -1,14 +1,21 @@
 """Which photographs are reference views, which are test views, and which are kept out of everything."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from nerfstudio_enhancer.scene.capture import Capture
 
 MIN_REFERENCE_VIEWS = 2
+
+SplitRule = Literal["references-first", "test-first"]
+"""references-first: k references spread evenly over the capture, test views are every 8th of the rest (3DGS-Enhancer,
+section 5.1, for DL3DV and Mip-NeRF 360). test-first: test views are every 8th photograph from the first on (Mip-NeRF 360,
+Barron et al. 2022, and on it ReconFusion, Wu et al. 2024), k references are spread evenly over the others."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,12 @@ class ViewSplit:
 
 
 def split_views(
-    capture: Capture, num_views: int | None, reference_views: Sequence[str] | None, test_every: int
+    capture: Capture,
+    num_views: int | None,
+    reference_views: Sequence[str] | None,
+    test_every: int,
+    rule: SplitRule = "references-first",
+    split_file: Path | None = None,
 ) -> ViewSplit:
     """Split a capture by the rules of sparse-view papers.
 
@@ -34,9 +46,19 @@ def split_views(
     views: k references are then spread over its training photographs. With neither argument every training
     photograph is a reference: the capture's own list, or all but every `test_every`-th photograph.
 
+    `rule` says which of the two groups is chosen first. `split_file` names both groups, see `read_split_file`.
+
     Raises:
         ValueError: fewer than two references, more than there are photographs, or an unknown name.
     """
+    if split_file is not None:
+        if num_views is not None or reference_views is not None:
+            raise ValueError(
+                "A `split_file` names the references itself: pass neither `num_views` nor `reference_views`."
+            )
+        return read_split_file(split_file, capture)
+    if rule == "test-first" and num_views is not None:
+        return _test_first(len(capture.frames), num_views, test_every)
     if test_every < 1:
         raise ValueError(f"`test_every` must be at least 1, got {test_every}.")
     if num_views is not None and reference_views is not None:
@@ -60,6 +82,62 @@ def split_views(
     else:
         test = rest[::test_every] if sparse or listed_train is not None else rest
     unused = [index for index in rest if index not in set(test)]
+    return ViewSplit(tuple(reference), tuple(test), tuple(unused))
+
+
+def read_split_file(path: Path, capture: Capture) -> ViewSplit:
+    """Groups from a JSON file; photographs that it does not list are unused.
+
+    `{"train_ids": [...], "test_ids": [...]}`, positions in the sorted file names: the `train_test_split_K.json` that
+    ReconFusion publishes for K = 3, 6, 9 views of each scene of Mip-NeRF 360 (https://reconfusion.github.io). Or
+    `{"train": [...], "test": [...]}`, names.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no such JSON, names photographs that are not there, or one in both groups.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"The split file {path} does not exist.")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        train, test = (_members(entries, group, capture) for group in ("train", "test"))
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'The split file {path} must hold {{"train_ids": [...], "test_ids": [...]}} or {{"train": [...], "test": '
+            f"[...]}}; it cannot be read so ({type(error).__name__}: {error})."
+        ) from error
+    names = [frame.name for frame in capture.frames]
+    if both := sorted(set(train) & set(test)):
+        raise ValueError(f"The split file {path} lists {names[both[0]]} both for training and for testing.")
+    _require_two(train, len(names))
+    unused = set(range(len(names))) - set(train) - set(test)
+    return ViewSplit(tuple(train), tuple(test), tuple(sorted(unused)))
+
+
+def _members(entries: dict[str, Any], group: str, capture: Capture) -> list[int]:
+    """Indices into the capture's frames of one group of a split file."""
+    names = [frame.name for frame in capture.frames]
+    if group in entries:
+        return _indices(entries[group], names, f"The split file's `{group}`")
+    by_name = sorted(range(len(names)), key=names.__getitem__)  # plain order of the names, as the lists were made
+    members = []
+    for position in entries[f"{group}_ids"]:
+        if not 0 <= position < len(names):
+            raise ValueError(
+                f"The split file's `{group}_ids` holds {position}, but there are {len(names)} photographs; it is of "
+                "another scene, or photographs are missing."
+            )
+        members.append(by_name[position])
+    return sorted(members)
+
+
+def _test_first(count: int, num_views: int, test_every: int) -> ViewSplit:
+    if test_every < 2:
+        raise ValueError(f"`test_every` must be at least 2 where test views are chosen first, got {test_every}.")
+    test = list(range(0, count, test_every))
+    pool = [index for index in range(count) if index % test_every]
+    reference = _spread_evenly(pool, num_views)
+    unused = [index for index in pool if index not in set(reference)]
     return ViewSplit(tuple(reference), tuple(test), tuple(unused))
 
 
