@@ -1,7 +1,8 @@
-"""Pictures for people: the frames of a round, and a sheet of render | enhanced | confidence."""
+"""Pictures for people: stereo depth, the frames of a round, and a sheet of render | enhanced | confidence."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.enhance_step import RoundClip
+    from nerfstudio_enhancer.stereo.depth import StereoDepth
 
 FRAMES_PER_CLIP = 3
 """Frames of each clip on the sheet, evenly spread."""
@@ -35,6 +37,21 @@ def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
                 [clip.rendered[index], views.rgb[index], (confidence / 2).clamp(0, 1).expand_as(views.rgb[index])]
             )
     write_sheet(folder / "contact_sheet.png", rows[:: max(1, len(rows) // MAX_ROWS)][:MAX_ROWS])
+
+
+def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
+    """Write reference | stereo disparity | the same where it is trusted, a row per reference view (at most 24), as PNG."""
+    from nerfstudio.utils.colormaps import apply_float_colormap
+
+    rows = []
+    for depth in depths[:: max(1, len(depths) // MAX_ROWS)][:MAX_ROWS]:
+        disparity = 1 / depth.depth.clamp(min=1e-9).cpu()
+        known = disparity[depth.consistent.cpu()]
+        far, near = known.quantile(torch.tensor([0.02, 0.98])) if known.numel() else disparity.aminmax()
+        share = ((disparity - far) / (near - far).clamp(min=1e-9)).clamp(0, 1)
+        coloured = apply_float_colormap(share[..., None], "turbo")
+        rows.append([depth.view.rgb.cpu(), coloured, coloured * depth.consistent[..., None].cpu()])
+    write_sheet(path, rows)
 
 
 def write_sheet(path: Path, rows: list[list[Float[Tensor, "_h _w 3"]]]) -> None:

@@ -13,11 +13,12 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from nerfstudio_enhancer.contact_sheet import write_round_pictures
+from nerfstudio_enhancer.contact_sheet import write_depth_sheet, write_round_pictures
 from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step, mean_colour
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
+from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import Trainer
@@ -27,6 +28,9 @@ if TYPE_CHECKING:
 
 VIEWS_FOLDER = "enhanced_views"
 """Folder of the rounds, beside nerfstudio_models in the run's folder."""
+
+DEPTH_SHEET = "stereo_depth.png"
+"""Picture of the references' stereo depth, in the run's folder."""
 
 
 class Rounds:
@@ -47,6 +51,7 @@ class Rounds:
         self.store = datamanager.enhanced_views = EnhancedViewStore()
         self.controls = model.enhancer_controls
         datamanager.enhanced_ratio = self.config.ratio
+        self._show_depth()
         if self.active:
             self._take_up_rounds()
 
@@ -101,6 +106,18 @@ class Rounds:
                 f"[bold red]The enhanced views could not be saved in {self.folder} ({error}). Training goes on with them; "
                 "free some space: a run resumed from a later checkpoint has to make this round again."
             )
+
+    def _show_depth(self) -> None:
+        """Write what stereo found at the references, for people, once per run."""
+        depths = self.datamanager.train_dataparser_outputs.metadata.get(STEREO_DEPTH, ())
+        path = Path(self.trainer.base_dir) / DEPTH_SHEET
+        if not depths or not self.config.save_frames or path.exists():
+            return
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_depth_sheet(path, depths)
+        except OSError as error:
+            CONSOLE.log(f"[yellow]The pictures of the stereo depth could not be written to {path} ({error}).")
 
     def _take_up_rounds(self) -> None:
         """Read the rounds of the run that is resumed."""

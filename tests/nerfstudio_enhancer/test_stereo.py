@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
+from PIL import Image
 from scenes import TinyScene, tiny_scene
 
+from nerfstudio_enhancer.contact_sheet import write_depth_sheet
 from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, seed_points
 from nerfstudio_enhancer.losses import depth_loss
 from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
@@ -313,3 +315,11 @@ def test_the_depth_loss_knows_no_scale_and_is_zero_without_trusted_depth() -> No
     depth, alpha, trusted = (torch.rand(4, 5, 1, generator=generator) + 0.1 for _ in range(3))
     torch.testing.assert_close(depth_loss(1000 * depth, alpha, 1000 * trusted), depth_loss(depth, alpha, trusted))
     assert depth_loss(depth, alpha, torch.zeros_like(depth)).item() == 0
+
+
+def test_the_depth_sheet_shows_each_reference_with_and_without_its_untrusted_depth(tmp_path) -> None:
+    write_depth_sheet(tmp_path / "sheet.png", [two_pixels(3.0)])
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (1, 6, 3)  # photograph, disparity, trusted disparity of 2 x 1 pixels each
+    assert sheet[0, 4].tolist() == [0, 0, 0]
+    assert sheet[0, 5].tolist() == sheet[0, 3].tolist() != [0, 0, 0]
