@@ -118,6 +118,20 @@ size_t largest_buffer() {
   return SIZE_MAX / 2;
 }
 
+// The C library takes blocks from 32 MB on afresh from the system each time: with small pages, touching them costs more
+// than computing what they hold.
+void fault_in_large_pages(void* memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  if (bytes < size_t(32) << 20) return;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 // ------------------------------------------------------------------------------------------------- instruction set
 
 const KernelTable* kernels = nullptr;
@@ -194,7 +208,10 @@ NSE_EXPORT int nse_select_isa(const char* name) {
 }
 
 NSE_EXPORT int nse_project_forward(const NseProjectArgs* a) { return chosen().project_forward(a); }
-NSE_EXPORT int nse_project_backward(const NseProjectArgs* a) { return chosen().project_backward(a); }
+NSE_EXPORT int nse_project_backward(const NseProjectArgs* a) {
+  if (a->v_colors) fault_in_large_pages(a->v_colors, sizeof(float) * a->color_stride * a->gaussians * (a->colors_per_camera ? a->cameras : 1));
+  return chosen().project_backward(a);
+}
 NSE_EXPORT int nse_raster_forward(const NseRasterArgs* a) { return chosen().raster_forward(a); }
 NSE_EXPORT int nse_raster_backward(const NseRasterArgs* a) { return chosen().raster_backward(a); }
 NSE_EXPORT int nse_ssim_forward(const NseSsimArgs* a) { return chosen().ssim_forward(a); }
