@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -32,11 +32,12 @@ def cost_of(call: Callable[[], Any]) -> Cost:
 
     Attention counts as a fused kernel does it: its matrix of scores is never stored.
     """
-    attention, memory = _FusedAttention(), _LiveBytes()
+    memory, attention = _LiveBytes(), _FusedAttention()
     with ExitStack() as stack:
         counter = stack.enter_context(FlopCounterMode(display=False))
         stack.enter_context(memory)
-        stack.enter_context(attention)
+        # in the module itself: a mode would not be seen by what backward passes compute anew
+        stack.enter_context(patch.object(F, "scaled_dot_product_attention", attention))
         result = call()
     del result
     return Cost(flops=counter.get_total_flops() + attention.flops, peak_bytes=memory.peak)
@@ -51,22 +52,37 @@ def weight_bytes(modules: Iterable[nn.Module]) -> int:
     )
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Replaces scaled dot product attention by its result's shape, and counts what it would have done."""
+class _FusedAttention:
+    """Stands in for scaled dot product attention: gives a result of its shape, and counts what it would have done."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.flops = 0
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        query, key, value = args[:3] if len(args) >= 3 else (*args, *kwargs.values())[:3]
-        rows = query.shape[:-1].numel()
-        self.flops += 2 * rows * key.shape[-2] * (query.shape[-1] + value.shape[-1])
-        # one cheap operation which every argument's gradient passes, backwards too
-        shape = (*query.shape[:-1], value.shape[-1])
-        return query[..., :1] + (key.mean(-2, keepdim=True)[..., :1] + value.mean(-2, keepdim=True)).expand(shape)
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+        products = 2 * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        self.flops += products
+        return _Attention.apply(query, key, value, lambda: self._backward(products))  # pyright: ignore
+
+    def _backward(self, products: int) -> None:
+        """Scores anew, then the gradients of queries, keys, values and scores: five products for the forward's two."""
+        self.flops += products * 5 // 2
+
+
+class _Attention(torch.autograd.Function):
+    """The shapes of attention and of its gradients; keeps its arguments and its result, as fused kernels do."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, count: Callable[[], None]) -> Tensor:
+        result = query.new_empty((*query.shape[:-1], value.shape[-1]))
+        ctx.save_for_backward(query, key, value, result)
+        ctx.count = count
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.count()
+        query, key, value, _ = ctx.saved_tensors
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from diffusion_prior.accounting import cost_of, weight_bytes
+from diffusion_prior.accounting import Cost, cost_of, weight_bytes
 from diffusion_prior.cpu_speed import SingleTokenProcessor, SlicedProcessor
 
 if TYPE_CHECKING:
@@ -92,20 +92,20 @@ def estimate_memory(
     decoded = min(window, preset.decode_frames or window)
     side = preset.decode_tile_px and max(1, preset.decode_tile_px // factor)
     work = {
-        "encode": _encoding(prior, rows, columns),
-        "embed": _embedding(prior, num_frames),
-        "denoise": _denoising(prior, window, min(rows, tile[0]), min(columns, tile[1]), preset.slices),
-        "decode": _decoding(prior, decoded, min(rows, side or rows), min(columns, side or columns)),
+        "encode": encoding_cost(prior, rows, columns),
+        "embed": embedding_cost(prior, num_frames),
+        "denoise": denoising_cost(prior, window, min(rows, tile[0]), min(columns, tile[1]), preset.slices),
+        "decode": decoding_cost(prior, decoded, min(rows, side or rows), min(columns, side or columns)),
     }
     used = {"encode": prior.vae, "embed": prior.image_encoder, "denoise": prior.unet, "decode": prior.std}
     everything = weight_bytes(prior.modules.values())
     return MemoryEstimate(
         **{
             name: (weight_bytes([used[name]]) if preset.offload else everything)
-            + int(WORKSPACE_FACTOR * bytes_)
+            + int(WORKSPACE_FACTOR * cost.peak_bytes)
             + pictures
             + CONTEXT_BYTES
-            for name, bytes_ in work.items()
+            for name, cost in work.items()
         }
     )
 
@@ -149,46 +149,55 @@ def set_slicing(unet: nn.Module, slices: bool) -> None:
             part.set_chunk_feed_forward(**chunked)  # pyright: ignore[reportCallIssue]
 
 
-def _meta_call(module: nn.Module, *arguments: torch.Tensor) -> int:
-    """Bytes of intermediate tensors of one forward pass."""
-    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
-    with torch.no_grad():
-        return cost_of(lambda: torch.func.functional_call(module, stand_ins, arguments)).peak_bytes
-
-
-def _encoding(prior: VideoPrior, rows: int, columns: int) -> int:
+def encoding_cost(prior: VideoPrior, rows: int, columns: int) -> Cost:
+    """One frame through the VAE's encoder; rows and columns in latents."""
     side = prior.latent_factor // prior.config.patch_size
     frame = (1, prior.vae.config["in_channels"], rows * side, columns * side)
     return _meta_call(prior.vae.encoder, torch.empty(frame, dtype=prior.vae.dtype, device="meta"))
 
 
-def _embedding(prior: VideoPrior, num_frames: int) -> int:
+def embedding_cost(prior: VideoPrior, num_frames: int) -> Cost:
+    """Frames through the image encoder, together."""
     side: int = prior.image_encoder.config.image_size  # pyright: ignore[reportAssignmentType]  # one number in CLIP
     frames = torch.empty((num_frames, 3, side, side), dtype=prior.image_encoder.dtype, device="meta")
     return _meta_call(prior.image_encoder, frames)
 
 
-def _denoising(prior: VideoPrior, frames: int, rows: int, columns: int, slices: bool) -> int:
-    config, meta = prior.unet.config, {"dtype": prior.unet.dtype, "device": "meta"}
-    micro = (1, 3) if prior.unet.layout == "B" else (1, frames, config["pose_conditions"])
+def denoising_cost(prior: VideoPrior, frames: int, rows: int, columns: int, slices: bool = False) -> Cost:
+    """One pass of the UNet over one window; rows and columns in latents."""
     set_slicing(prior.unet, slices)
     try:
-        return _meta_call(
-            prior.unet,
-            torch.empty((1, frames, config["in_channels"], rows, columns), **meta),
-            torch.empty(1, device="meta"),
-            torch.empty((1, frames, 1, prior.image_encoder.config.projection_dim), **meta),
-            torch.empty(micro, device="meta"),
-        )
+        return _meta_call(prior.unet, *unet_stand_ins(prior, frames, rows, columns))
     finally:
         set_slicing(prior.unet, prior.preset.slices)
 
 
-def _decoding(prior: VideoPrior, frames: int, rows: int, columns: int) -> int:
-    meta, factor = {"dtype": prior.std.dtype, "device": "meta"}, prior.latent_factor
+def unet_stand_ins(prior: VideoPrior, frames: int, rows: int, columns: int) -> list[torch.Tensor]:
+    """Arguments of the UNet's forward pass for one clip, on the meta device."""
+    config, dtype = prior.unet.config, prior.unet.dtype
+    micro = (1, 3) if prior.unet.layout == "B" else (1, frames, config["pose_conditions"])
+    return [
+        torch.empty((1, frames, config["in_channels"], rows, columns), dtype=dtype, device="meta"),
+        torch.empty(1, device="meta"),
+        torch.empty((1, frames, 1, prior.image_encoder.config.projection_dim), dtype=dtype, device="meta"),
+        torch.empty(micro, device="meta"),
+    ]
+
+
+def decoding_cost(prior: VideoPrior, frames: int, rows: int, columns: int) -> Cost:
+    """One window through the STD; rows and columns in latents."""
+    config, dtype, factor = prior.std.config, prior.std.dtype, prior.latent_factor
+    condition = (1, frames, config["condition_channels"], rows * factor, columns * factor)
     return _meta_call(
         prior.std,
-        torch.empty((1, frames, prior.std.config["latent_channels"], rows, columns), **meta),
-        torch.empty((1, frames, prior.std.config["condition_channels"], rows * factor, columns * factor), **meta),
+        torch.empty((1, frames, config["latent_channels"], rows, columns), dtype=dtype, device="meta"),
+        torch.empty(condition, dtype=dtype, device="meta"),
     )
+
+
+def _meta_call(module: nn.Module, *arguments: torch.Tensor) -> Cost:
+    """One forward pass, counted."""
+    state = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    stand_ins = {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()}
+    with torch.no_grad():
+        return cost_of(lambda: torch.func.functional_call(module, stand_ins, arguments))

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -39,11 +39,35 @@ class InspectPrior:
     """A prior: `bundled`, a folder, a UNet's folder (`checkpoint-N`, `checkpoint-N@BASE`), or a hub name."""
 
 
+@dataclass(frozen=True)
+class PlanPrior:
+    """Compute what the full-size prior takes on GPUs: operations, memory, seconds, training hours and dollars.
+
+    Nothing is timed: operations and bytes are counted on the networks without their weights, which takes a minute.
+    """
+
+    layout: Literal["A", "B"] = "B"
+    """B: Stable Video Diffusion's UNet (the paper). A: the authors' pose-conditioned one."""
+    frames: int = 25
+    """Frames of a clip, both references included."""
+    height: int = 512
+    """Of the frames, in pixels."""
+    width: int = 512
+    """Of the frames, in pixels."""
+    steps: int = 25
+    """Sampling steps."""
+    efficiency: float = 0.3
+    """Share of a card's peak that is assumed to be reached."""
+    gpus: int = 2
+    """GPUs that train together, each with one clip a step."""
+
+
 COMMANDS = {
     "benchmark": Benchmark,
     "make-pairs": MakePairs,
     "bench-rasterizer": BenchRasterizer,
     "inspect-prior": InspectPrior,
+    "plan-prior": PlanPrior,
 }
 
 
@@ -72,6 +96,7 @@ def _run(command: object) -> None:
         MakePairs: _make_pairs,
         BenchRasterizer: _bench_rasterizer,
         InspectPrior: _inspect_prior,
+        PlanPrior: _plan_prior,
     }
     runners[type(command)](command)
 
@@ -101,3 +126,9 @@ def _inspect_prior(command: InspectPrior) -> None:
     print(report.text)
     if report.faults:
         sys.exit(1)
+
+
+def _plan_prior(command: PlanPrior) -> None:
+    from diffusion_prior.plan import Plan, describe
+
+    print(describe(Plan(**vars(command))))

@@ -10,6 +10,40 @@ from diffusion_prior.data.clips import ClipConfig
 
 
 @dataclass
+class ScaleConfig:
+    """What a training needs that outgrows one small machine."""
+
+    trainable: Literal["all", "unet", "temporal", "lora"] = "all"
+    """What of UNet and image encoder trains. all: both. unet: the UNet. temporal: its temporal transformer blocks and, where
+    it has one, its pose embedding (the authors' choice for the full size). lora: low-rank additions to its attention."""
+    lora_rank: int = 64
+    """Rank of the additions; memory and freedom grow with it."""
+    gradient_checkpointing: bool = False
+    """Compute the UNet's activations twice instead of keeping them: about a third slower, a fraction of the memory."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit keeps the optimiser's states in 8 bits; needs a GPU and `pip install bitsandbytes`."""
+    sharding: bool = False
+    """Split weights, gradients, optimiser states and average over the processes (FSDP), for what fits no single GPU."""
+    batches_per_step: int | None = None
+    """Batches whose gradients one step averages, over all processes together; one per process by default. A resumed training
+    keeps its number, whatever the number of processes, and goes on exactly as it would have."""
+    shards: str | None = None
+    """Stream the training clips from shards (`python -m diffusion_prior.training.shards`): a folder, or a pattern such as
+    `https://host/pairs-{000000..000999}.tar` or `pipe:aws s3 cp s3://bucket/pairs-{000000..000999}.tar -`. `pairs` then
+    holds the validation scenes alone."""
+    steps_per_shard: int = 50
+    """Steps that draw their clips from one shard before it is given up for the next."""
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}.")
+        if self.batches_per_step is not None and self.batches_per_step < 1:
+            raise ValueError(f"batches_per_step must be at least 1, got {self.batches_per_step}.")
+        if self.steps_per_shard < 1:
+            raise ValueError(f"steps_per_shard must be at least 1, got {self.steps_per_shard}.")
+
+
+@dataclass
 class TrainingConfig:
     """What is trained from, for how long and how."""
 
@@ -51,6 +85,8 @@ class TrainingConfig:
     """Processes that read clips ahead; 0 reads between the steps."""
     clips: ClipConfig = field(default_factory=ClipConfig)
     """Which clips are drawn, and how they are varied."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Larger networks, more processes, more data."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

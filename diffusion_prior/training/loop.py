@@ -1,7 +1,8 @@
 """The loop that all trainings share: steps, schedule, running average, checkpoints, validation, log.
 
 Nothing random has a state: clips and noise of a step follow from the seed and the step's number. A killed training that
-is started again with the same output therefore goes on with the losses that it would have had.
+is started again with the same output therefore goes on with the losses that it would have had, with the same number of
+processes or with another: a step averages the gradients of `batches_per_step` batches, whoever computes them.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import json
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,15 @@ from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, broadcast
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import DataLoader, Dataset
 
 from diffusion_prior.data.clips import ClipBatch, ClipDataset, step_generator
 from diffusion_prior.prior import VideoPrior, fast_dtype
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
+from diffusion_prior.training.sharding import gathered, make_whole, shard, split_like, split_optimizer, whole
+from diffusion_prior.training.shards import ShardedClips
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
@@ -109,11 +113,21 @@ class State:
     losses: Losses
     optimizers: dict[str, torch.optim.Optimizer]
     average: dict[str, Tensor] = field(default_factory=dict)
-    """Running average of the first player's parameters."""
+    """Running average of the first player's parameters that train."""
+    batches_per_step: int | None = None
+    """Batches whose gradients a step averages, over all processes; None until it is decided."""
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """Processes, device and precision, as `accelerate launch` or `torchrun` sets them."""
+    """Processes, device and precision, as `accelerate launch` or `torchrun` sets them.
+
+    Raises:
+        ValueError: under accelerate's own FSDP, which would not split averages and checkpoints.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ValueError(
+            "launch with distributed_type MULTI_GPU and pass `--scale.sharding True`: the loop splits the networks itself."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = fast_dtype(device) is torch.bfloat16 if config.precision == "auto" else config.precision == "bf16"
     return Accelerator(
@@ -129,41 +143,90 @@ def train(task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
     output = config.output
     (output / SHEETS_NAME).mkdir(parents=True, exist_ok=True)
     task.losses.to(accelerator.device).train()
+    if config.scale.sharding:
+        shard(task.losses, accelerator.device)
     state = _start(task.losses, config)
     if (output / CHECKPOINT_NAME).is_file():
         load_checkpoint(output / CHECKPOINT_NAME, state)
         logger.info(f"{task.name}: going on at step {state.progress.step}")
-    model = accelerator.prepare_model(task.losses)
-    for step, batch in _batches(task, config, accelerator, state.progress.step):
+    state.batches_per_step = agreed_batches(state, config, accelerator.num_processes)
+    model = task.losses if config.scale.sharding else accelerator.prepare_model(task.losses)
+    for step, batches in _batches(task, state, config, accelerator):
         share = _agreed_share(state.progress, config, accelerator)
         if share >= 1:
             break
         started = time.monotonic()
-        figures = _train_step(model, state, batch, share, config, accelerator)
+        figures = _train_step(model, state, batches, share, config, accelerator)
         state.progress.step = step + 1
         state.progress.seconds += time.monotonic() - started
-        if accelerator.is_main_process and step % config.log_every == 0:
-            _log(output, task.name, state.progress, share, config, figures)
-        if state.progress.step % config.save_every == 0 and accelerator.is_main_process:
-            save_checkpoint(output / CHECKPOINT_NAME, state)
+        if step % config.log_every == 0:
+            figures = _mean_figures(figures, accelerator)
+            if accelerator.is_main_process:
+                _log(output, task.name, state.progress, share, config, figures)
+        if state.progress.step % config.save_every == 0:
+            _save(output, state, accelerator)
         if state.progress.step % config.validate_every == 0:
             _validate(task, state, config, accelerator)
-    if accelerator.is_main_process:
-        save_checkpoint(output / CHECKPOINT_NAME, state)
+    _save(output, state, accelerator)
     _validate(task, state, config, accelerator)
     _copy_into(_first_player(task.losses), state.average)
+    if config.scale.sharding:
+        make_whole(task.losses)
     task.losses.eval()
 
 
-def save_checkpoint(path: Path, state: State) -> None:
-    """Write everything that a resumed training needs; an older checkpoint stays until the new one is whole."""
-    content = {
+def agreed_batches(state: State, config: TrainingConfig, processes: int) -> int:
+    """How many batches a step averages: what the checkpoint says, else the settings, else one per process.
+
+    Raises:
+        ValueError: where settings and checkpoint differ, or the processes cannot share them evenly.
+    """
+    asked, saved = config.scale.batches_per_step, state.batches_per_step
+    if asked is not None and saved is not None and asked != saved:
+        raise ValueError(
+            f"batches_per_step must stay {saved}, as the checkpoint was trained, got {asked}; leave it out, or train "
+            "into another output folder."
+        )
+    batches = saved or asked or processes
+    if batches % processes:
+        raise ValueError(
+            f"batches_per_step must be a multiple of the number of processes: {batches} batches cannot be shared evenly "
+            f"by {processes}. Start as many processes as divide it."
+        )
+    if batches > processes and len(state.losses.players) > 1:
+        raise ValueError(
+            f"a training against a discriminator takes one batch per process and step, got {batches} for {processes} "
+            "process(es); start as many processes as it began with."
+        )
+    return batches
+
+
+def _save(output: Path, state: State, accelerator: Accelerator) -> None:
+    content = _checkpoint(state)  # split networks are gathered by all processes together
+    if accelerator.is_main_process:
+        save_checkpoint(output / CHECKPOINT_NAME, content)
+
+
+def _checkpoint(state: State) -> dict[str, Any]:
+    """Everything that a resumed training needs; parameters that do not train are in the prior that it starts from."""
+    return {
         "version": CHECKPOINT_VERSION,
         "progress": {"step": state.progress.step, "seconds": state.progress.seconds},
-        "losses": state.losses.state_dict(),
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in state.optimizers.items()},
-        "average": state.average,
+        "batches_per_step": state.batches_per_step,
+        "losses": whole(_trained_state(state.losses)),
+        "optimizers": {name: whole(optimizer.state_dict()) for name, optimizer in state.optimizers.items()},
+        "average": whole(state.average),
     }
+
+
+def _trained_state(losses: Losses) -> dict[str, Tensor]:
+    """Buffers and the parameters that train."""
+    frozen = {name for name, parameter in losses.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in losses.state_dict().items() if name not in frozen}
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint; an older one stays until the new one is whole."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         torch.save(content, partial)
@@ -184,24 +247,31 @@ def load_checkpoint(path: Path, state: State) -> None:
             f"{path} must be a checkpoint of version {CHECKPOINT_VERSION}, got {content.get('version')!r}; "
             "train into another output folder."
         )
-    try:
-        state.losses.load_state_dict(content["losses"])
-    except RuntimeError as error:
+    own, given = _trained_state(state.losses), content["losses"]
+    if faults := [
+        *(own.keys() ^ given.keys()),
+        *(name for name in own.keys() & given.keys() if own[name].shape != given[name].shape),
+    ]:
         raise ValueError(
             f"{path} holds other networks than those to be trained; use the settings that it was made with, "
-            f"or another output folder. {error}"
-        ) from error
+            f"or another output folder. At fault: {', '.join(sorted(faults))}."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(split_like(given[name], tensor))
+        for name, average in state.average.items():
+            average.copy_(split_like(content["average"][name], average))
     for name, optimizer in state.optimizers.items():
         optimizer.load_state_dict(content["optimizers"][name])
-    for name, average in state.average.items():
-        average.copy_(content["average"][name])
+        split_optimizer(optimizer)
     state.progress = Progress(**content["progress"])
+    state.batches_per_step = content.get("batches_per_step")
 
 
 @contextmanager
 def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Iterator[None]:
     """Within, the network has its averaged parameters."""
-    own = {name: parameter.detach().clone() for name, parameter in network.named_parameters()}
+    own = {name: parameter.detach().clone() for name, parameter in network.named_parameters() if name in average}
     _copy_into(network, average)
     try:
         yield
@@ -210,18 +280,32 @@ def averaged_weights(network: nn.Module, average: Mapping[str, Tensor]) -> Itera
 
 
 def _start(losses: Losses, config: TrainingConfig) -> State:
-    optimizers: dict[str, torch.optim.Optimizer] = {
-        name: torch.optim.AdamW(
-            [parameter for parameter in network.parameters() if parameter.requires_grad],
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            betas=(0.9, 0.99),
-            fused=True,
-        )
+    optimizers = {
+        name: make_optimizer([parameter for parameter in network.parameters() if parameter.requires_grad], config)
         for name, network in losses.players.items()
     }
-    average = {name: parameter.detach().clone() for name, parameter in _first_player(losses).named_parameters()}
+    average = {
+        name: parameter.detach().clone()
+        for name, parameter in _first_player(losses).named_parameters()
+        if parameter.requires_grad
+    }
     return State(Progress(), losses, optimizers, average)
+
+
+def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, its states in 32 or in 8 bits.
+
+    Raises:
+        ImportError: 8 bits without bitsandbytes.
+    """
+    settings = {"lr": config.learning_rate, "weight_decay": config.weight_decay, "betas": (0.9, 0.99)}
+    if config.scale.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # optional
+    except ImportError as error:
+        raise ImportError("optimizer=adamw8bit needs bitsandbytes: pip install bitsandbytes.") from error
+    return AdamW8bit(parameters, **settings)
 
 
 def _first_player(losses: Losses) -> nn.Module:
@@ -229,16 +313,36 @@ def _first_player(losses: Losses) -> nn.Module:
 
 
 def _batches(
-    task: Task, config: TrainingConfig, accelerator: Accelerator, start: int
-) -> Iterator[tuple[int, ClipBatch]]:
-    steps = range(start, config.steps)
+    task: Task, state: State, config: TrainingConfig, accelerator: Accelerator
+) -> Iterator[tuple[int, list[ClipBatch]]]:
+    """Every step with the batches that this process has in it."""
+    steps = range(state.progress.step, config.steps)
+    numbers = [number for step in steps for number in _numbers(step, state, accelerator)]
     loader = DataLoader(
-        task.dataset(accelerator.process_index, accelerator.num_processes),
+        _dataset(task, state, config, accelerator),
         batch_size=None,
-        sampler=steps,
+        sampler=numbers,
         num_workers=config.loader_workers,
     )
-    return zip(steps, loader, strict=False)
+    batches = iter(loader)
+    for step in steps:
+        yield step, [next(batches) for _ in _numbers(step, state, accelerator)]
+
+
+def _numbers(step: int, state: State, accelerator: Accelerator) -> range:
+    """Numbers of the batches that this process has in one step; all clips and noise follow from them."""
+    assert state.batches_per_step is not None
+    count = state.batches_per_step // accelerator.num_processes
+    first = step * state.batches_per_step + accelerator.process_index * count
+    return range(first, first + count)
+
+
+def _dataset(task: Task, state: State, config: TrainingConfig, accelerator: Accelerator) -> Dataset[ClipBatch]:
+    if config.scale.shards is None:
+        return task.dataset(0, 1)
+    assert state.batches_per_step is not None
+    kept = state.batches_per_step // accelerator.num_processes
+    return ShardedClips(config.scale, config.clips, config.seed, state.batches_per_step, kept)
 
 
 def _agreed_share(progress: Progress, config: TrainingConfig, accelerator: Accelerator) -> float:
@@ -248,18 +352,21 @@ def _agreed_share(progress: Progress, config: TrainingConfig, accelerator: Accel
 
 
 def _train_step(
-    model: nn.Module, state: State, batch: ClipBatch, share: float, config: TrainingConfig, accelerator: Accelerator
+    model: nn.Module,
+    state: State,
+    batches: Sequence[ClipBatch],
+    share: float,
+    config: TrainingConfig,
+    accelerator: Accelerator,
 ) -> dict[str, float]:
     """One turn of every player."""
     step = state.progress.step
-    number = step * accelerator.num_processes + accelerator.process_index
     rate = config.learning_rate * learning_rate_factor(step, share, config.warmup_steps)
     figures: dict[str, float] = {"learning_rate": rate}
     for name, network in state.losses.players.items():
+        parts = _mean_gradient(model, state, batches, share, name, config, accelerator)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
-        parts = model(batch, step_generator(config.seed + NOISE_SEED_OFFSET, number), share, name)
-        accelerator.backward(parts["loss"])
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+        norm = whole(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
         if norm.isfinite():
             _optimizer_step(state.optimizers[name], rate)
             state.progress.skipped = 0
@@ -267,7 +374,7 @@ def _train_step(
             _count_skipped(state.progress)
         state.losses.zero_grad(set_to_none=True)
         prefix = "" if len(state.optimizers) == 1 else f"{name}/"
-        figures |= {f"{prefix}{part}": float(value.detach()) for part, value in parts.items()}
+        figures |= {f"{prefix}{part}": value for part, value in parts.items()}
         figures[f"{prefix}gradient_norm"] = float(norm)
     decay = ema_decay_at(step, config.ema_decay)
     parameters = dict(_first_player(state.losses).named_parameters())
@@ -276,6 +383,44 @@ def _train_step(
             list(state.average.values()), [parameters[name] for name in state.average], weight=1 - decay
         )
     return figures
+
+
+def _mean_gradient(
+    model: nn.Module,
+    state: State,
+    batches: Sequence[ClipBatch],
+    share: float,
+    player: str,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> dict[str, float]:
+    """Leave the gradient of one player, averaged over all batches of the step, in its parameters; the mean parts of its loss."""
+    figures: dict[str, float] = {}
+    for number, batch in zip(_numbers(state.progress.step, state, accelerator), batches, strict=True):
+        with _exchange(model, batch is batches[-1], accelerator):
+            with accelerator.autocast():
+                parts = model(batch, step_generator(config.seed + NOISE_SEED_OFFSET, number), share, player)
+            accelerator.backward(parts["loss"] / len(batches))
+        for part, value in parts.items():
+            figures[part] = figures.get(part, 0.0) + float(value.detach()) / len(batches)
+    return figures
+
+
+def _exchange(model: nn.Module, last: bool, accelerator: Accelerator) -> AbstractContextManager[Any]:
+    """Within, gradients are exchanged between the processes only with the last batch of a step."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+        return nullcontext()
+    return nullcontext() if last else accelerator.no_sync(model)
+
+
+def _mean_figures(figures: dict[str, float], accelerator: Accelerator) -> dict[str, float]:
+    """The figures of all processes, averaged."""
+    if accelerator.num_processes == 1:
+        return figures
+    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=accelerator.device)
+    mean = accelerator.reduce(values, reduction="mean")
+    return dict(zip(figures, mean.tolist()))  # type: ignore[union-attr]
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -296,24 +441,33 @@ def _count_skipped(progress: Progress) -> None:
 def _copy_into(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, parameter in network.named_parameters():
-            parameter.copy_(weights[name])
+            if name in weights:
+                parameter.copy_(weights[name])
 
 
 def _validate(task: Task, state: State, config: TrainingConfig, accelerator: Accelerator) -> None:
-    if accelerator.is_main_process:
+    """Judge the averaged weights: the main process alone, or all together where the network is split over them."""
+    split = config.scale.sharding
+    if accelerator.is_main_process or split:
         started = time.monotonic()
         network = _first_player(task.losses)
         network.eval()
-        with averaged_weights(network, state.average), torch.no_grad(), accelerator.autocast():
+        together = gathered(task.losses) if split else nullcontext()
+        with averaged_weights(network, state.average), together, torch.no_grad(), accelerator.autocast():
             validation = task.validate()
         network.train()
-        step = state.progress.step
-        _write_line(config.output, {"step": step, "seconds": round(state.progress.seconds, 1)} | validation.metrics)
-        if validation.sheet is not None:
-            save_picture(validation.sheet, config.output / SHEETS_NAME / f"step-{step:07d}.png")
-        text = ", ".join(f"{name} {value:.4g}" for name, value in validation.metrics.items())
-        logger.info(f"{task.name} step {step}: {text} (took {time.monotonic() - started:.0f} s)")
+        if accelerator.is_main_process:
+            _show(task.name, validation, state.progress, config.output, time.monotonic() - started)
     accelerator.wait_for_everyone()
+
+
+def _show(name: str, validation: Validation, progress: Progress, output: Path, seconds: float) -> None:
+    step = progress.step
+    _write_line(output, {"step": step, "seconds": round(progress.seconds, 1)} | validation.metrics)
+    if validation.sheet is not None:
+        save_picture(validation.sheet, output / SHEETS_NAME / f"step-{step:07d}.png")
+    text = ", ".join(f"{part} {value:.4g}" for part, value in validation.metrics.items())
+    logger.info(f"{name} step {step}: {text} (took {seconds:.0f} s)")
 
 
 def save_picture(rgb: Tensor, path: Path) -> None:

@@ -14,6 +14,7 @@ from diffusion_prior.data.clips import ClipBatch, Gap, find_gaps, split_scenes, 
 from diffusion_prior.prior import VideoPrior, build_compact_prior
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.loop import PRIOR_NAME
+from diffusion_prior.training.trainable import merge_additions
 
 AnyConfig = TypeVar("AnyConfig", bound=TrainingConfig)
 
@@ -50,6 +51,7 @@ def clip_to(clip: ClipBatch, device: torch.device) -> ClipBatch:
 
 def write_prior(prior: VideoPrior, config: TrainingConfig, accelerator: Accelerator) -> None:
     """Write the trained prior below the output folder, float16, by the main process alone."""
+    merge_additions(prior.unet)
     if accelerator.is_main_process:
         save_prior(prior, config.output / PRIOR_NAME, torch.float16)
     accelerator.wait_for_everyone()

@@ -31,6 +31,7 @@ from diffusion_prior.training.setup import (
     write_prior,
 )
 from diffusion_prior.training.train_vae import decode_stock
+from diffusion_prior.training.trainable import choose_trainable
 from diffusion_prior.training.validation import condition_clip, judge
 
 VALIDATION_FRAMES = 6
@@ -134,6 +135,7 @@ class LdmTask(Task):
             )
         self.config = config
         self.prior = prior
+        choose_trainable(prior, config.scale, config.seed)
         self.losses = LdmLosses(prior, config)
         prior.vae.requires_grad_(False)
         self._validation = fixed_clips(config, VALIDATION_FRAMES, config.clips.size_multiple)

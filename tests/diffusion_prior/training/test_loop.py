@@ -171,7 +171,7 @@ def test_a_save_that_fails_keeps_the_older_checkpoint(pairs, tmp_path, monkeypat
 
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        loop.save_checkpoint(tmp_path / "checkpoint.pt", loop._start(ColourGain(), config))
+        loop.save_checkpoint(tmp_path / "checkpoint.pt", loop._checkpoint(loop._start(ColourGain(), config)))
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
     assert not list(tmp_path.glob(".*partial*"))
 

@@ -1,0 +1,346 @@
+"""More processes, larger networks, more data: what a training must keep to when it outgrows one machine."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from svd_folders import tiny_unet, write_svd_folder
+from torch import nn
+
+from diffusion_prior.checkpoints import load_prior, read_prior
+from diffusion_prior.data.clips import ClipConfig
+from diffusion_prior.data.pairs import find_runs
+from diffusion_prior.training import shards, train_ldm
+from diffusion_prior.training.config import ScaleConfig, TrainingConfig
+from diffusion_prior.training.loop import (
+    Progress,
+    State,
+    agreed_batches,
+    load_checkpoint,
+    make_accelerator,
+    make_optimizer,
+)
+from diffusion_prior.training.shards import PackShards, ShardedClips, list_shards, pack
+from diffusion_prior.training.train_ldm import LdmConfig
+from diffusion_prior.training.trainable import choose_trainable, merge_additions
+from diffusion_prior.unet import SpatioTemporalUNet
+
+CLIPS = ClipConfig(num_frames=3, batch_size=1, crop_px=16, size_multiple=8, good_render_probability=0.0)
+
+
+def ldm(pairs, prior, output, **scale) -> LdmConfig:
+    return LdmConfig(
+        pairs=pairs,
+        output=output,
+        prior=prior,
+        steps=2,
+        log_every=1,
+        save_every=1,
+        warmup_steps=0,
+        precision="fp32",
+        validation_clips=1,
+        clips=CLIPS,
+        scale=ScaleConfig(**scale),
+    )
+
+
+def log(output) -> list[dict]:
+    lines = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def launch(processes: int, pairs, prior, output, *options: str) -> None:
+    """The same training by `torchrun` on a CPU, the processes talking through gloo."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    command += ["diffusion_prior.training.train_ldm", "--pairs", str(pairs), "--output", str(output)]
+    command += ["--prior", str(prior), "--steps", "2", "--log-every", "1", "--save-every", "1", "--warmup-steps", "0"]
+    command += ["--precision", "fp32", "--validation-clips", "1", "--clips.num-frames", "3", "--clips.batch-size", "1"]
+    command += ["--clips.crop-px", "16", "--clips.size-multiple", "8", "--clips.good-render-probability", "0.0"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*command, *options], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def weights(output) -> dict[str, torch.Tensor]:
+    return torch.load(output / "checkpoint.pt", weights_only=True)["losses"]
+
+
+def assert_same_training(one, other) -> None:
+    """Equal losses and equal steps of the weights, to what sums in another order leave."""
+    for a, b in zip(log(one), log(other), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    # Adam's first steps are as long as the learning rate, 5e-4, whatever the gradient: where that is nearly zero its
+    # sign is chance, so the mean is compared
+    differences = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
+    assert differences.mean() < 5e-6
+
+
+@pytest.fixture(scope="module")
+def together(pairs, tiny_prior, tmp_path_factory):
+    """One process that averages two batches a step."""
+    output = tmp_path_factory.mktemp("together")
+    train_ldm.run(ldm(pairs, tiny_prior, output, batches_per_step=2))
+    return output
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batches(pairs, tiny_prior, together, tmp_path):
+    launch(2, pairs, tiny_prior, tmp_path)
+    assert_same_training(tmp_path, together)
+
+
+@pytest.mark.slow
+def test_two_processes_that_split_the_network_equal_one_that_has_it_whole(pairs, tiny_prior, together, tmp_path):
+    launch(2, pairs, tiny_prior, tmp_path, "--scale.sharding")
+    assert_same_training(tmp_path, together)
+    # what was split is written whole
+    assert load_prior(str(tmp_path / "prior"), "cpu", torch.float32).unet.conv_in.weight.isfinite().all()
+
+
+@pytest.mark.slow
+def test_a_training_of_two_split_processes_goes_on_in_one_whole_with_the_same_losses(
+    pairs, tiny_prior, together, tmp_path
+):
+    launch(2, pairs, tiny_prior, tmp_path, "--scale.sharding", "--steps", "1")
+    train_ldm.run(ldm(pairs, tiny_prior, tmp_path))
+    assert_same_training(tmp_path, together)
+
+
+def state(saved: int | None, players: int = 1) -> State:
+    class Some(nn.Module):
+        @property
+        def players(self):
+            return {str(i): self for i in range(players)}
+
+    return State(Progress(), Some(), {}, batches_per_step=saved)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_number_of_batches_is_the_checkpoints_then_the_settings_then_one_per_process(tmp_path):
+    config = TrainingConfig(pairs=tmp_path, output=tmp_path)
+    asked = dataclasses.replace(config, scale=ScaleConfig(batches_per_step=4))
+    assert agreed_batches(state(None), config, 3) == 3
+    assert agreed_batches(state(None), asked, 2) == 4
+    assert agreed_batches(state(6), config, 2) == 6
+    with pytest.raises(ValueError, match="must stay 6, as the checkpoint was trained, got 4"):
+        agreed_batches(state(6), asked, 2)
+    with pytest.raises(ValueError, match="4 batches cannot be shared evenly by 3"):
+        agreed_batches(state(None), asked, 3)
+    with pytest.raises(ValueError, match="against a discriminator takes one batch per process"):
+        agreed_batches(state(None, players=2), asked, 2)
+
+
+def names_that_train(prior) -> set[str]:
+    return {name for name, parameter in prior.unet.named_parameters() if parameter.requires_grad}
+
+
+def test_what_trains_is_what_was_chosen(tmp_path):
+    folder = write_svd_folder(tmp_path, "A")
+    prior = read_prior(folder)
+    choose_trainable(prior, ScaleConfig(trainable="temporal"))
+    chosen = names_that_train(prior)
+    assert any("pose_embedding" in name for name in chosen)
+    assert all("temporal_transformer_block" in name or "pose_embedding" in name for name in chosen)
+    assert not any(parameter.requires_grad for parameter in prior.image_encoder.parameters())
+    choose_trainable(prior, ScaleConfig(trainable="unet"))
+    assert names_that_train(prior) == {name for name, _ in prior.unet.named_parameters()}
+    choose_trainable(prior, ScaleConfig(trainable="all"))
+    assert all(parameter.requires_grad for parameter in prior.image_encoder.parameters())
+
+
+def test_low_rank_additions_change_nothing_at_first_train_alone_and_leave_no_trace_once_merged(tmp_path):
+    prior = read_prior(write_svd_folder(tmp_path))
+    names = set(prior.unet.state_dict())
+    sample = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    inputs = sample, torch.zeros(1), torch.ones(1, 2, 1, 16), torch.ones(1, 3)
+    before = prior.unet(*inputs)
+    choose_trainable(prior, ScaleConfig(trainable="lora", lora_rank=2))
+    assert all("lora_" in name for name in names_that_train(prior))
+    torch.testing.assert_close(prior.unet(*inputs), before)
+    with torch.no_grad():
+        for name, parameter in prior.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.05)
+    changed = prior.unet(*inputs)
+    assert not torch.allclose(changed, before)
+    merge_additions(prior.unet)
+    assert set(prior.unet.state_dict()) == names
+    torch.testing.assert_close(prior.unet(*inputs), changed, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("trainable", ["temporal", "lora"])
+def test_a_partial_training_changes_its_part_and_its_checkpoint_holds_no_more(pairs, tiny_prior, tmp_path, trainable):
+    config = ldm(pairs, tiny_prior, tmp_path, trainable=trainable, lora_rank=2, gradient_checkpointing=True)
+    train_ldm.run(config)
+    marks = {"temporal": "temporal_transformer_block", "lora": "lora_"}
+    assert weights(tmp_path)
+    assert all(marks[trainable] in name for name in weights(tmp_path))
+    before, after = (load_prior(str(folder), "cpu", torch.float16) for folder in (tiny_prior, tmp_path / "prior"))
+    state_before, state_after = before.unet.state_dict(), after.unet.state_dict()
+    assert state_before.keys() == state_after.keys()
+    changed = {name for name in state_before if not torch.equal(state_before[name], state_after[name])}
+    expected = "temporal_transformer_block" if trainable == "temporal" else "attn"
+    assert changed
+    assert all(expected in name for name in changed)
+
+
+def test_checkpointed_gradients_are_those_of_kept_activations():
+    sample = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointing in (False, True):
+        unet = SpatioTemporalUNet(**{k: v for k, v in tiny_unet().config.items() if not k.startswith("_")}).train()
+        unet.load_state_dict(tiny_unet().state_dict())
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        unet(sample, torch.zeros(1), torch.ones(1, 2, 1, 16), torch.ones(1, 3)).square().mean().backward()
+        gradients.append({n: p.grad for n, p in unet.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_forward_and_backward_of_the_full_size_without_its_memory():
+    with torch.device("meta"):
+        unet = SpatioTemporalUNet(pose_conditions=22)
+    unet = unet.to("meta")
+    prior = types.SimpleNamespace(unet=unet, image_encoder=nn.Identity())
+    choose_trainable(prior, ScaleConfig(trainable="temporal", gradient_checkpointing=True))  # pyright: ignore
+    meta = {"device": "meta"}
+    out = unet(
+        torch.empty(1, 26, 8, 64, 120, **meta),
+        torch.empty(1, **meta),
+        torch.empty(1, 26, 1, 1024, **meta),
+        torch.empty(1, 26, 22, **meta),
+    )
+    assert out.shape == (1, 26, 4, 64, 120)
+    out.square().mean().backward()
+    trained = {name: parameter for name, parameter in unet.named_parameters() if parameter.requires_grad}
+    assert sum(parameter.numel() for parameter in trained.values()) > 200e6
+    # attention to a single token needs neither queries nor keys, nor the norm before them
+    without = {name for name, parameter in trained.items() if parameter.grad is None}
+    assert all("norm2" in name or "attn2.to_q" in name or "attn2.to_k" in name for name in without)
+    assert all(p.grad is None for n, p in unet.named_parameters() if n not in trained)
+
+
+def test_eight_bit_adam_is_used_when_it_is_installed_and_named_when_it_is_not(tmp_path, monkeypatch):
+    config = TrainingConfig(pairs=tmp_path, output=tmp_path, scale=ScaleConfig(optimizer="adamw8bit"))
+    parameters = [nn.Parameter(torch.ones(2))]
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ImportError, match="pip install bitsandbytes"):
+        make_optimizer(parameters, config)
+    stand_in = types.ModuleType("bitsandbytes.optim")
+    stand_in.AdamW8bit = torch.optim.AdamW  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "bitsandbytes", types.ModuleType("bitsandbytes"))
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", stand_in)
+    assert make_optimizer(parameters, config).param_groups[0]["weight_decay"] == config.weight_decay
+
+
+def test_accelerates_own_fsdp_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"--scale\.sharding True"):
+        make_accelerator(TrainingConfig(pairs=tmp_path, output=tmp_path))
+
+
+@pytest.fixture(scope="module")
+def packed(pairs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    pack(PackShards(pairs=pairs, output=folder, runs_per_shard=1))
+    return folder
+
+
+def clips_of(packed, lanes=2, kept=2, **changes) -> ShardedClips:
+    return ShardedClips(ScaleConfig(shards=str(packed), **changes), CLIPS, seed=0, lanes=lanes, kept=kept)
+
+
+def test_shards_hold_every_run_once(pairs, packed, tmp_path):
+    assert len(list_shards(str(packed))) == len(find_runs(pairs)) == 2
+    folders = [
+        folder
+        for number, address in enumerate(list_shards(str(packed)))
+        for folder in shards.unpack(address, _made(tmp_path / str(number)))
+    ]
+    contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
+    wanted = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in find_runs(pairs)]
+    assert all(content in wanted for content in contents)
+    assert len(contents) == len(wanted)
+
+
+def _made(folder):
+    folder.mkdir()
+    return folder
+
+
+def test_batches_from_shards_depend_on_their_number_alone(packed):
+    one, other = clips_of(packed), clips_of(packed, kept=1)
+    for number in (3, 0, 3, 1):
+        assert torch.equal(one[number].rgb, other[number].rgb)
+    assert not torch.equal(one[0].rgb, one[2].rgb)
+
+
+def test_lanes_go_through_shards_of_their_own_and_change_them_after_so_many_steps(packed):
+    clips = clips_of(packed, steps_per_shard=3)
+    first = [clips.address(number) for number in range(0, 6, 2)]
+    assert len(set(first)) == 1  # lane 0, steps 0 to 2
+    assert clips.address(0) != clips.address(1)  # two lanes, two shards
+    assert {clips.address(2 * step) for step in range(30)} == set(clips.addresses)
+
+
+def test_no_more_shards_lie_unpacked_than_lanes_are_read(packed):
+    clips = clips_of(packed, lanes=1, kept=1, steps_per_shard=1)
+    for number in range(4):
+        assert clips[number].rgb.shape[1] == 3
+        assert len(clips._open) == 1
+
+
+def test_a_training_reads_its_clips_from_shards(pairs, packed, tiny_prior, tmp_path):
+    train_ldm.run(ldm(pairs, tiny_prior, tmp_path, shards=str(packed), batches_per_step=2))
+    assert [line["step"] for line in log(tmp_path)] == [1, 2]
+
+
+def test_patterns_with_braces_stand_for_many_shards():
+    addresses = list_shards("https://host/pairs-{000008..000011}.tar")
+    assert addresses == [f"https://host/pairs-{number:06d}.tar" for number in (8, 9, 10, 11)]
+
+
+def test_a_broken_shard_and_an_empty_folder_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"make some with `python -m diffusion_prior.training.shards"):
+        list_shards(str(tmp_path))
+    (tmp_path / "pairs-000000.tar").write_bytes(b"no archive" * 100)
+    with pytest.raises(ValueError, match=r"pairs-000000\.tar cannot be read"):
+        clips_of(tmp_path)[0]
+
+
+def test_a_checkpoint_from_before_batches_were_counted_is_read(pairs, tiny_prior, together):
+    content = torch.load(together / "checkpoint.pt", weights_only=True)
+    del content["batches_per_step"]
+    torch.save(content, together / "old.pt")
+    from diffusion_prior.training import loop
+
+    prior = load_prior(str(tiny_prior), "cpu", torch.float32)
+    task = train_ldm.LdmTask(ldm(pairs, tiny_prior, together), prior)
+    started = loop._start(task.losses, task.config)
+    load_checkpoint(together / "old.pt", started)
+    assert started.progress.step == 2
+    assert started.batches_per_step is None
+
+
+def test_settings_of_scale_that_cannot_work_are_refused():
+    for entry in ("lora_rank", "batches_per_step", "steps_per_shard"):
+        with pytest.raises(ValueError, match=f"{entry} must be at least 1, got 0"):
+            ScaleConfig(**{entry: 0})
+
+
+def test_a_prior_whose_unet_has_no_temporal_blocks_cannot_train_them(tmp_path):
+    prior = types.SimpleNamespace(unet=nn.Linear(2, 2), image_encoder=nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="set `trainable` to all"):
+        choose_trainable(prior, ScaleConfig(trainable="temporal"))  # pyright: ignore[reportArgumentType]
