@@ -134,7 +134,7 @@ def unpack(address: str, folder: Path) -> list[Path]:
     Raises:
         ValueError: a shard that is broken, or holds something else.
     """
-    gopen = _webdataset().gopen.gopen
+    gopen = _webdataset().gopen
     try:
         with gopen(address) as stream, tarfile.open(fileobj=stream, mode="r|") as archive:
             for member in archive:
@@ -153,7 +153,6 @@ def unpack(address: str, folder: Path) -> list[Path]:
 def _webdataset() -> Any:
     try:
         import webdataset
-        import webdataset.gopen
         import webdataset.shardlists
     except ImportError as error:
         raise ImportError(f"shards need webdataset: {INSTALL}.") from error
