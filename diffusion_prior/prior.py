@@ -292,7 +292,8 @@ class VideoPrior:
     def decode(self, latents: Float[Tensor, "t c h2 w2"], clip: ConditionClip) -> Float[Tensor, "t 3 h w"]:
         """Frames in [0, 1] from the latents of `predict_latents` (or of any other source) and the clip itself."""
         height, width = clip.rgb.shape[-2:]
-        condition = decoder_condition(*self._padded(clip))
+        rgb, alpha, disparity = self._padded(clip)
+        condition = decoder_condition(rgb, alpha, disparity)
         dtype, factor = self.std.dtype, self.latent_factor
         size, overlap = self.effective_config.num_frames, self.effective_config.window_overlap
         if self.preset.decode_frames is not None and self.preset.decode_frames < size:

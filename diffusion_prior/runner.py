@@ -53,7 +53,8 @@ def _announced(
 ) -> str:
     """The preset, decided, after the estimate was told."""
     fitted = fit_clip(clip, prior.fit, prior.frame_size).clip
-    size = (fitted.num_frames, *fitted.rgb.shape[-2:])
+    height, width = fitted.rgb.shape[-2:]
+    size = (fitted.num_frames, height, width)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     if preset == "auto":
         assert free is not None

@@ -70,6 +70,7 @@ def blend_tiles(run: Callable[[Tile], Tensor], tiles: list[Tile], factor: int = 
         large.of(total).add_(pictures * weight)
         large.of(weight_sum).add_(weight)
     assert total is not None
+    assert weight_sum is not None
     return total / weight_sum
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,8 @@ def shard(network: nn.Module, device: torch.device) -> nn.Module:
     for module in network.modules():
         if type(module).__name__ in UNITS:
             fully_shard(module, mesh=mesh)
-    return fully_shard(network, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    return network
 
 
 def whole(value: Any) -> Any:
@@ -74,7 +75,8 @@ def make_whole(network: nn.Module) -> None:
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if isinstance(parameter, DTensor):
-                setattr(module, name, nn.Parameter(parameter.detach().full_tensor(), parameter.requires_grad))
+                full = cast(DTensor, parameter.detach()).full_tensor()
+                setattr(module, name, nn.Parameter(full, parameter.requires_grad))
 
 
 def _of_units(network: nn.Module, call: Callable[[FSDPModule], Any]) -> None:

@@ -38,6 +38,6 @@ def test_half_precision_is_counted_and_the_vae_stays_in_single_precision():
 
 def test_plans_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"`efficiency` must be in \(0, 1\], got 0"):
-        Plan(efficiency=0)
+        Plan(efficiency=0.0)
     with pytest.raises(ValueError, match="at least 1"):
         Plan(frames=0)
