@@ -300,7 +300,8 @@ class VideoPrior:
             size, overlap = self.preset.decode_frames, 1 if self.preset.decode_frames > 3 else 0
         windows = self._windows(clip.num_frames, size, overlap)
         side = self.preset.decode_tile_px and max(1, self.preset.decode_tile_px // factor)
-        tiles = tile_grid(*latents.shape[-2:], (side, side) if side else None)
+        rows, columns = latents.shape[-2:]
+        tiles = tile_grid(rows, columns, (side, side) if side else None)
 
         def decode_window(index: Tensor) -> Tensor:
             def decode_tile(tile: Tile) -> Tensor:
