@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from einops import rearrange
@@ -15,6 +15,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from nerfstudio_enhancer.enhance_step import RoundClip
     from nerfstudio_enhancer.stereo.depth import StereoDepth
+
+T = TypeVar("T")
 
 FRAMES_PER_CLIP = 3
 """Frames of each clip on the sheet, evenly spread."""
@@ -36,7 +38,7 @@ def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
             rows.append(
                 [clip.rendered[index], views.rgb[index], (confidence / 2).clamp(0, 1).expand_as(views.rgb[index])]
             )
-    write_sheet(folder / "contact_sheet.png", rows[:: max(1, len(rows) // MAX_ROWS)][:MAX_ROWS])
+    write_sheet(folder / "contact_sheet.png", list(_thinned(rows)))
 
 
 def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
@@ -44,7 +46,7 @@ def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
     from nerfstudio.utils.colormaps import apply_float_colormap
 
     rows = []
-    for depth in depths[:: max(1, len(depths) // MAX_ROWS)][:MAX_ROWS]:
+    for depth in _thinned(depths):
         disparity = 1 / depth.depth.clamp(min=1e-9).cpu()
         known = disparity[depth.consistent.cpu()]
         far, near = known.quantile(torch.tensor([0.02, 0.98])) if known.numel() else disparity.aminmax()
@@ -52,6 +54,11 @@ def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
         coloured = apply_float_colormap(share[..., None], "turbo")
         rows.append([depth.view.rgb.cpu(), coloured, coloured * depth.consistent[..., None].cpu()])
     write_sheet(path, rows)
+
+
+def _thinned(items: Sequence[T]) -> Sequence[T]:
+    """At most as many as a sheet has rows, spread over all."""
+    return items[:: max(1, len(items) // MAX_ROWS)][:MAX_ROWS]
 
 
 def write_sheet(path: Path, rows: list[list[Float[Tensor, "_h _w 3"]]]) -> None:

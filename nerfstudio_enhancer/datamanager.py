@@ -72,7 +72,7 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         camera, batch = super().next_train(step)
         depth = self._trusted_depth(index)
         if depth is not None:
-            batch[TRUSTED_DEPTH] = depth.to(self.device)
+            batch[TRUSTED_DEPTH] = depth
         return camera, batch
 
     def _trusted_depth(self, index: int) -> torch.Tensor | None:
@@ -83,7 +83,8 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         if index not in self._depth_at_reference:
             from nerfstudio_enhancer.stereo.seeds import trusted_depth
 
-            self._depth_at_reference[index] = trusted_depth(depths[index], self.train_cameras[index : index + 1])
+            depth = trusted_depth(depths[index], self.train_cameras[index : index + 1])
+            self._depth_at_reference[index] = depth.to(self.device)
         return self._depth_at_reference[index]
 
     def load_images(self, dataset: InputDataset) -> list[dict]:

@@ -192,18 +192,28 @@ class ReferenceView:
         """Geometric mean of the focal lengths."""
         return float(np.sqrt(self.fx * self.fy))
 
+    @property
+    def has_distortion(self) -> bool:
+        """Whether the photograph is anything but a pinhole camera's."""
+        return any(self.distortion) or self.fisheye
+
+    @property
+    def opencv_distortion(self) -> Float[np.ndarray, " d"]:
+        """The coefficients in OpenCV's order: k1, k2, p1, p2, k3 (fisheye: k1 to k4)."""
+        k1, k2, k3, k4, p1, p2 = (*self.distortion, *([0.0] * 6))[:6]
+        return np.array([k1, k2, k3, k4] if self.fisheye else [k1, k2, p1, p2, k3])
+
     def normalised(self, pixel: Float[np.ndarray, "m 2"]) -> Float[np.ndarray, "m 2"]:
         """X / z and y / z of the rays through pixels, lens distortion removed."""
         import cv2
 
         straight = (pixel - [self.cx, self.cy]) / [self.fx, self.fy]
-        if not any(self.distortion) and not self.fisheye:
+        if not self.has_distortion:
             return straight
-        k1, k2, k3, k4, p1, p2 = (*self.distortion, *([0.0] * 6))[:6]
         points = np.ascontiguousarray(straight, dtype=np.float64).reshape(-1, 1, 2)
         if self.fisheye:
-            return cv2.fisheye.undistortPoints(points, np.eye(3), np.array([k1, k2, k3, k4])).reshape(-1, 2)
-        return cv2.undistortPoints(points, np.eye(3), np.array([k1, k2, p1, p2, k3])).reshape(-1, 2)
+            return cv2.fisheye.undistortPoints(points, np.eye(3), self.opencv_distortion).reshape(-1, 2)
+        return cv2.undistortPoints(points, np.eye(3), self.opencv_distortion).reshape(-1, 2)
 
     def colours_at(self, pixel: Float[np.ndarray, "m 2"]) -> UInt8[np.ndarray, "m 3"]:
         """Colours of the photograph at pixel positions, nearest pixel."""

@@ -47,8 +47,13 @@ METHODS = {
     "triangulated": Method("plain splatfacto from triangulated points", additions=(), seed_points="triangulated"),
     "splatfacto": Method("plain splatfacto from our seed points (stereo)", additions=()),
     "background": Method("the same with a sensible background", additions=("background",)),
-    "depth-loss": Method("with background and depth loss", additions=("background", "depth")),
-    "regularised": Method("with background and regularisation", additions=("background", "regularisation")),
+    "depth-loss": Method(
+        "with background and the depth loss as it is set (by default 0: off)", additions=("background", "depth")
+    ),
+    "regularised": Method(
+        "with background and the regularisation as it is set (by default 0: off)",
+        additions=("background", "regularisation"),
+    ),
     "geometry": Method("every addition but the prior"),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),

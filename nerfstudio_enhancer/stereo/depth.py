@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nerfstudio_enhancer.stereo.config import StereoConfig, SweepConfig
@@ -30,12 +30,6 @@ class StereoDepth:
     """The picture at the depth map's resolution, and its camera."""
     depth: Float[Tensor, "h w"]
     """Along the optical axis, world units."""
-    gradient: Float[Tensor, "2 h w"]
-    """Change of the inverse depth per pixel along u and v."""
-    cost: Float[Tensor, "h w"]
-    """Matching cost in [0, 1]."""
-    agreeing: Int[Tensor, "h w"]
-    """Number of other views that see the same depth there."""
     consistent: Bool[Tensor, "h w"]
     """Pixels whose depth is trusted."""
 
@@ -87,14 +81,13 @@ def _checked(
     view, own = views[index], planes[index]
     agreeing = torch.zeros(view.size, dtype=torch.int64, device=view.grey.device)
     if own is None:
-        empty = torch.zeros_like(view.grey)
-        return StereoDepth(view, empty, torch.stack([empty, empty]), empty + 1, agreeing, agreeing.bool())
+        return StereoDepth(view, torch.zeros_like(view.grey), agreeing.bool())
     depth = 1 / own.state[0]
     for other, theirs in enumerate(planes):
         if other != index and theirs is not None:
             agreeing += _agrees(view, depth, views[other], 1 / theirs.state[0], config)
     consistent = (agreeing >= config.min_agreeing) & (own.cost <= config.max_cost) & view.usable
-    return StereoDepth(view, depth, own.state[1:], own.cost, agreeing, consistent)
+    return StereoDepth(view, depth, consistent)
 
 
 def _agrees(

@@ -52,6 +52,8 @@ class StereoView:
         height, width = self.size
         scale = long_side_px / max(height, width)
         rows, columns = max(2, round(height * scale)), max(2, round(width * scale))
+        if (rows, columns) == self.size:
+            return self
         images = torch.cat([self.rgb, self.usable[..., None].to(self.rgb)], dim=-1).permute(2, 0, 1)[None]
         small = torch.nn.functional.interpolate(images, (rows, columns), mode="area")[0].permute(1, 2, 0)
         stretch = torch.diag(torch.tensor([columns / width, rows / height, 1.0], dtype=torch.float64))
@@ -65,15 +67,12 @@ def stereo_view(view: ReferenceView, long_side_px: int) -> StereoView:
 
     rgb, usable = view.rgb.astype(np.float32) / 255, view.usable.astype(np.float32)
     matrix = np.array([[view.fx, 0, view.cx], [0, view.fy, view.cy], [0, 0, 1]])
-    if any(view.distortion) or view.fisheye:
+    if view.has_distortion:
         shifted = matrix - np.array([[0, 0, 0.5], [0, 0, 0.5], [0, 0, 0]])  # OpenCV: the first pixel's centre is (0, 0)
-        k1, k2, k3, k4, p1, p2 = (*view.distortion, *([0.0] * 6))[:6]
-        size = (view.width, view.height)
+        size, lens = (view.width, view.height), view.opencv_distortion
         if view.fisheye:
-            lens = np.array([k1, k2, k3, k4])
             columns, rows = cv2.fisheye.initUndistortRectifyMap(shifted, lens, np.eye(3), shifted, size, cv2.CV_32FC1)
         else:
-            lens = np.array([k1, k2, p1, p2, k3])
             columns, rows = cv2.initUndistortRectifyMap(shifted, lens, np.eye(3), shifted, size, cv2.CV_32FC1)
         rgb = cv2.remap(rgb, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         usable = cv2.remap(usable, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=(0.0,))

@@ -1,23 +1,11 @@
 import pytest
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
+from svd_folders import UNET as SETTINGS
 from tiny_prior import randomise
 
 from diffusion_prior.cpu_speed import speed_up
 from diffusion_prior.unet import SpatioTemporalUNet
-
-SETTINGS = {
-    "in_channels": 8,
-    "out_channels": 4,
-    "block_out_channels": (32, 64),
-    "down_block_types": ("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
-    "up_block_types": ("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
-    "layers_per_block": 1,
-    "cross_attention_dim": 16,
-    "num_attention_heads": (2, 4),
-    "addition_time_embed_dim": 8,
-    "projection_class_embeddings_input_dim": 24,
-}
 
 
 def build(**settings):

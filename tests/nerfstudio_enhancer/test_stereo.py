@@ -282,10 +282,7 @@ def two_pixels(depth: float) -> StereoDepth:
     view = replace(
         camera(size=(1, 2)), intrinsics=torch.tensor([[1.0, 0, 1], [0, 0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     )
-    blank = torch.zeros(1, 2)
-    return StereoDepth(
-        view, torch.full((1, 2), depth), torch.stack([blank, blank]), blank, blank.long(), torch.tensor([[False, True]])
-    )
+    return StereoDepth(view, torch.full((1, 2), depth), torch.tensor([[False, True]]))
 
 
 def test_trusted_depth_is_looked_up_along_the_ray_of_each_pixel() -> None:
