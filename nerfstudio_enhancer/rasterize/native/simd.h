@@ -121,6 +121,11 @@ NSE_INLINE vm vige(vi a, vi b) { return a >= b; }
 NSE_INLINE vi visel(vm m, vi a, vi b) { return (m & a) | (~m & b); }
 NSE_INLINE vf vceil(vf a) { return vf{ceilf(a[0]), ceilf(a[1]), ceilf(a[2]), ceilf(a[3])}; }
 NSE_INLINE vf vrecip(vf a) { return vset(1.0f) / a; }
+#if defined(__clang__)  // it lacks __builtin_shuffle; GCC before 12 lacks __builtin_shufflevector
+#define NSE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define NSE_SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, vi{i, j, k, l})
+#endif
 
 #endif
 
@@ -185,9 +190,9 @@ NSE_INLINE void reduce16(vf* v, float* out) {
 #pragma GCC unroll 4
   for (int i = 0; i < 4; ++i) {
     const vf a = v[4 * i], b = v[4 * i + 1], c = v[4 * i + 2], d = v[4 * i + 3];
-    const vf ab = __builtin_shufflevector(a, b, 0, 4, 1, 5) + __builtin_shufflevector(a, b, 2, 6, 3, 7);
-    const vf cd = __builtin_shufflevector(c, d, 0, 4, 1, 5) + __builtin_shufflevector(c, d, 2, 6, 3, 7);
-    vstoreu(out + 4 * i, __builtin_shufflevector(ab, cd, 0, 1, 4, 5) + __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+    const vf ab = NSE_SHUFFLE(a, b, 0, 4, 1, 5) + NSE_SHUFFLE(a, b, 2, 6, 3, 7);
+    const vf cd = NSE_SHUFFLE(c, d, 0, 4, 1, 5) + NSE_SHUFFLE(c, d, 2, 6, 3, 7);
+    vstoreu(out + 4 * i, NSE_SHUFFLE(ab, cd, 0, 1, 4, 5) + NSE_SHUFFLE(ab, cd, 2, 3, 6, 7));
   }
 #endif
 }
