@@ -3,12 +3,14 @@
 One shared library holds the kernels three times (AVX-512, AVX2, baseline) and chooses at run time, so a wheel works on
 every x86-64 machine; other architectures get the portable variant. It needs a C++17 compiler and nothing else: no torch
 headers, no Python API. Without a compiler the installation succeeds with a warning and the slow torch reference is used.
+A cross build names its platform in `_PYTHON_HOST_PLATFORM` (linux-aarch64), as those of CPython do.
 """
 
 from __future__ import annotations
 
 import os
 import runpy
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -17,6 +19,7 @@ from setuptools.command.build_ext import build_ext
 NATIVE = "nerfstudio_enhancer/rasterize/native"
 LIBRARY = "nerfstudio_enhancer.rasterize._native"
 flags = runpy.run_path("nerfstudio_enhancer/rasterize/compile_flags.py")
+TARGET = sysconfig.get_platform()
 
 
 class BuildNative(build_ext):
@@ -28,24 +31,24 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile and link; a CompileError becomes a warning, because the extension is optional."""
-        # `CFLAGS` of the Python build must not widen the instruction set (`-march=native`) of the shared parts.
+        # They follow the flags of Python's own build and of $CFLAGS, which distutils puts first.
         extra = os.environ.get("NERFSTUDIO_ENHANCER_CXXFLAGS", "").split()
-        common = ["-O3", "-g0", *flags["COMMON_FLAGS"], *extra]
+        common = [*flags["RELEASE_FLAGS"], *flags["COMMON_FLAGS"], *extra]
         compiler = self.compiler
         if compiler is None:
             raise RuntimeError("build_extension was called before a compiler was chosen.")
         objects = compiler.compile(
             [f"{NATIVE}/native.cpp"],
             output_dir=self.build_temp,
-            macros=flags["SHARED_DEFINES"],
+            macros=flags["shared_defines"](TARGET),
             extra_postargs=common,
             depends=ext.depends,
         )
-        for name, variant in flags["VARIANTS"].items():
+        for name, variant in flags["variants"](TARGET).items():
             objects += compiler.compile(
                 [f"{NATIVE}/kernels.cpp"],
                 output_dir=os.path.join(self.build_temp, name),
-                macros=flags["variant_defines"](name),
+                macros=flags["variant_defines"](name, TARGET),
                 extra_postargs=[*common, *flags["KERNEL_FLAGS"], *variant],
                 depends=ext.depends,
             )

@@ -3,6 +3,9 @@
 //
 // What must hold: no crash and no access outside; NaN and infinity are reported with the right bit; opacity lies in
 // [0, 1]; ordinary inputs give finite images and gradients; the number of threads changes no bit.
+//
+// `fuzz CALLS SEED INSTRUCTION_SET FILE` calls it with ordinary inputs only and writes what comes out, so that builds can be
+// compared: for each array its length (int64) and its values (float32), in the byte order of the machine.
 
 #include "interface.h"
 
@@ -103,9 +106,9 @@ void look_from(Random& r, Scene& s) {
   }
 }
 
-Scene draw_scene(Random& r) {
+Scene draw_scene(Random& r, bool ordinary) {
   Scene s;
-  s.ordinary = r.one_in(3);
+  s.ordinary = ordinary;
   const bool wild = !s.ordinary;
   s.cameras = r.pick({1, 1, 1, 2, 3});
   s.gaussians = r.pick({0, 1, 2, 3, 7, 16, 17, 33, 60});
@@ -224,7 +227,8 @@ void for_each_output(Result& a, Result& b, F body) {
 }
 
 void fuzz_raster(uint64_t call, Random& r) {
-  const Scene s = draw_scene(r);
+  const bool ordinary = r.one_in(3);
+  const Scene s = draw_scene(r, ordinary);
   const uint64_t seed = r.next();
   Result one;
   const int status = run(call, s, 1, seed, one);
@@ -245,10 +249,12 @@ void fuzz_raster(uint64_t call, Random& r) {
   });
 }
 
-void fuzz_ssim(uint64_t call, Random& r) {
+// Mean SSIM of random images, in double precision, and its gradient.
+double run_ssim(uint64_t call, Random& r, Floats& grad) {
   const int64_t batch = 1 + r.below(2), channels = 1 + r.below(3), height = 11 + r.below(20), width = 11 + r.below(30);
   const int64_t size = batch * channels * height * width, inner = batch * channels * (height - 10) * (width - 10);
-  Floats pred((size_t)size), target((size_t)size), grad((size_t)size), derivatives((size_t)(3 * inner));
+  Floats pred((size_t)size), target((size_t)size), derivatives((size_t)(3 * inner));
+  grad.resize((size_t)size);
   for (float& v : pred) v = r.uniform();
   for (float& v : target) v = r.one_in(16) ? 0.0f : r.uniform();
   NseSsimArgs a = {};
@@ -260,16 +266,50 @@ void fuzz_ssim(uint64_t call, Random& r) {
   double mean = NAN;
   a.pred = pred.data(), a.target = target.data(), a.mean = &mean, a.derivatives = derivatives.data(), a.grad = grad.data(), a.scale = 1.0f;
   if (nse_ssim_forward(&a) || nse_ssim_backward(&a)) violation(call, "SSIM reports an error");
+  return mean;
+}
+
+void fuzz_ssim(uint64_t call, Random& r) {
+  Floats grad;
+  const double mean = run_ssim(call, r, grad);
   if (!(mean > -1.001 && mean < 1.001) || !all_finite(grad)) violation(call, "SSIM outside [-1, 1] or its gradient not finite");
+}
+
+bool write(std::FILE* file, const Floats& values) {
+  const int64_t size = (int64_t)values.size();
+  return std::fwrite(&size, sizeof size, 1, file) == 1 && std::fwrite(values.data(), sizeof(float), values.size(), file) == values.size();
+}
+
+bool write_outputs(std::FILE* file, uint64_t calls, Random& r) {
+  bool good = true;
+  for (uint64_t call = 0; good && call < calls; ++call) {
+    if (call % 16 == 15) {
+      Floats grad;
+      const double mean = run_ssim(call, r, grad);
+      good = write(file, {(float)mean}) && write(file, grad);
+    } else {
+      const Scene s = draw_scene(r, true);
+      Result out;
+      if (run(call, s, 1, r.next(), out)) violation(call, "ordinary values were refused");
+      for_each_output(out, out, [&](const Floats& values, const Floats&) { good = good && write(file, values); });
+    }
+  }
+  return good;
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 4) return std::printf("usage: fuzz CALLS SEED INSTRUCTION_SET\n"), 2;
+  if (count != 4 && count != 5) return std::printf("usage: fuzz CALLS SEED INSTRUCTION_SET [FILE]\n"), 2;
   const uint64_t calls = std::strtoull(arguments[1], nullptr, 10);
   Random r = {std::strtoull(arguments[2], nullptr, 10)};
   if (!nse_select_isa(arguments[3])) return std::printf("%s does not run here\n", arguments[3]), 2;
+  if (count == 5) {
+    std::FILE* file = std::fopen(arguments[4], "wb");
+    const bool written = file && write_outputs(file, calls, r);
+    if (!file || std::fclose(file) || !written) return std::printf("%s cannot be written\n", arguments[4]), 2;
+    return 0;
+  }
   for (uint64_t call = 0; call < calls; ++call) {
     if (call % 16 == 15)
       fuzz_ssim(call, r);
