@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import sys
 import time
 import traceback
@@ -198,5 +197,7 @@ def _send_output_to(path: Path) -> None:
 
 def peak_rss_mb() -> float:
     """Largest resident memory that this process has had so far, in MiB."""
+    import resource  # POSIX only: without it the rest of this module still works
+
     kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kib / (1024**2 if sys.platform == "darwin" else 1024)

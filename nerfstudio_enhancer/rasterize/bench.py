@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nerfstudio_enhancer.jobs import available_cores
 from nerfstudio_enhancer.rasterize.dispatch import backend_name, rasterization, rasterize_reference
 from nerfstudio_enhancer.rasterize.native_library import available_instruction_sets, instruction_set, load_library
 from nerfstudio_enhancer.rasterize.native_ops import native
@@ -273,7 +273,7 @@ def bench_rasterizer(output: Path, repeats: int = 5, report: Callable[[str], Non
         raise RuntimeError("The native rasteriser was not built: install a C++17 compiler, then the package again.")
     isas = available_instruction_sets()
     vector = {isa: measure_vector_seconds(isa) for isa in isas}
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     threads = sorted({1, min(2, cores)})
     cases = [
         Case(gaussians, width, height, full, count, isa)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_void_p
@@ -76,13 +77,23 @@ class SsimArgs(ctypes.Structure):
 def load_library() -> ctypes.CDLL | None:
     """The compiled library, or None where the installation had no compiler.
 
+    None too, with a warning, where the library does not load: a wheel from a machine with newer system libraries.
+
     Raises:
         ValueError: `NERFSTUDIO_ENHANCER_ISA` names an instruction set that this machine or build lacks.
         RuntimeError: the library belongs to another version of this package.
     """
     if not LIBRARY_PATH.is_file():
         return None
-    library = ctypes.CDLL(str(LIBRARY_PATH))
+    try:
+        library = ctypes.CDLL(str(LIBRARY_PATH))
+    except OSError as error:
+        warnings.warn(
+            f"The native rasteriser cannot be loaded here ({error}); install nerfstudio-enhancer from its sources, with a "
+            "C++17 compiler, to rebuild it.",
+            stacklevel=2,
+        )
+        return None
     library.nse_struct_size.restype = c_int64
     library.nse_struct_size.argtypes = [c_int]
     sizes = [library.nse_struct_size(which) for which in range(3)]
@@ -114,9 +125,10 @@ def load_library() -> ctypes.CDLL | None:
     library.nse_frame_lists.restype = None
     forced = os.environ.get(ISA_VARIABLE)
     if not library.nse_select_isa(forced.encode() if forced else None):
+        present = ", ".join(name for name in INSTRUCTION_SETS if library.nse_select_isa(name.encode()))
         raise ValueError(
             f"{ISA_VARIABLE}={forced!r} names an instruction set that this machine or build lacks; "
-            "choose avx512, avx2 or baseline, or unset it."
+            f"choose one of {present}, or unset it."
         )
     return library
 
