@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, Literal
 
@@ -320,8 +321,8 @@ def _pad_backgrounds(backgrounds: Tensor | None, channels: int, with_color: bool
 @cache
 def _warn_slow() -> None:
     warnings.warn(
-        "The native rasteriser was not built (no C++17 compiler at installation): rasterising with PyTorch, 100 times "
-        "slower. Install a compiler (g++ or clang++) and reinstall nerfstudio-enhancer.",
+        "The native rasteriser was not built (no C++17 compiler at installation) or does not load: rasterising with "
+        "PyTorch, 100 times slower. Install a compiler (g++ or clang++) and reinstall nerfstudio-enhancer.",
         stacklevel=3,
     )
 
@@ -380,7 +381,7 @@ def check_inputs(
         raise ValueError("`viewmats` must hold at least one camera, got shape [0, 4, 4].")
     if n * c >= 1 << 31:
         raise ValueError(f"Cameras times Gaussians must be below 2^31, got {c} x {n}; render fewer cameras at a time.")
-    tensors: list[tuple[str, Tensor | None, list[list[int]]]] = [
+    tensors: list[tuple[str, Tensor, list[list[int | str]]]] = [  # a letter stands for any length
         ("means", means, [[n, 3]]),
         ("quats", quats, [[n, 4]]),
         ("scales", scales, [[n, 3]]),
@@ -390,26 +391,24 @@ def check_inputs(
     ]
     if sh_degree is None:
         channels = colors.shape[-1] if colors.dim() else 0
-        tensors.append(("colors", colors, [[n, channels], [c, n, channels]]))
+        tensors.append(("colors", colors, [[n, "D"], [c, n, "D"]]))
     else:
         if not 0 <= sh_degree <= MAX_SH_DEGREE:
             raise ValueError(f"`sh_degree` must be 0 to {MAX_SH_DEGREE} on a CPU, or None, got {sh_degree}.")
         bases = colors.shape[-2] if colors.dim() >= 3 else 0
         channels = 3
-        tensors.append(("colors", colors, [[n, bases, 3], [c, n, bases, 3]]))
+        tensors.append(("colors", colors, [[n, "K", 3], [c, n, "K", 3]]))
         if bases < (sh_degree + 1) ** 2 and colors.dim() >= 3:
             raise ValueError(
                 f"`colors` must hold at least {(sh_degree + 1) ** 2} SH coefficients for degree {sh_degree}, got {bases}."
             )
     if extra_features is not None:
-        extra = extra_features.shape[-1] if extra_features.dim() else 0
-        tensors.append(("extra_features", extra_features, [[n, extra]]))
+        tensors.append(("extra_features", extra_features, [[n, "E"]]))
     if backgrounds is not None:
         tensors.append(("backgrounds", backgrounds, [[c, channels]]))
     for name, tensor, shapes in tensors:
-        assert tensor is not None
-        if list(tensor.shape) not in shapes:
-            wanted = " or ".join(str(shape) for shape in shapes)
+        if not any(_fits(tensor.shape, shape) for shape in shapes):
+            wanted = " or ".join(f"[{', '.join(map(str, shape))}]" for shape in shapes)
             raise ValueError(f"`{name}` must have shape {wanted}, got {list(tensor.shape)}.")
         if tensor.dtype != torch.float32:
             raise ValueError(f"`{name}` must be float32, got {tensor.dtype}; convert it with `.float()`.")
@@ -421,3 +420,7 @@ def check_inputs(
     focal = torch.stack([Ks[:, 0, 0], Ks[:, 1, 1]])
     if not bool((focal > 0).all()):
         raise ValueError(f"`Ks` must have positive focal lengths, got {focal.min().item()}.")
+
+
+def _fits(shape: torch.Size, wanted: Sequence[int | str]) -> bool:
+    return len(shape) == len(wanted) and all(isinstance(w, str) or w == s for s, w in zip(shape, wanted))

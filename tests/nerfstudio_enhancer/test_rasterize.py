@@ -356,6 +356,47 @@ def test_inputs_may_lie_in_memory_in_any_order():
     assert torch.equal(rasterization(**scene)[0], expected)
 
 
+def with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values, every second one in memory."""
+    return torch.stack([tensor, torch.full_like(tensor, float("nan"))], dim=-1)[..., 0]
+
+
+def test_no_input_has_to_be_contiguous():
+    scene = random_scene(50, cameras=2, sh=True, extra=2)
+    scene["backgrounds"] = torch.full((2, 3), 0.5, dtype=torch.float64)
+
+    def apart(**arguments):
+        gaps = {k: with_gaps(v) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+        assert not any(v.is_contiguous() for v in gaps.values() if isinstance(v, torch.Tensor))
+        return rasterization(**gaps)
+
+    options = {"render_mode": "RGB+ED", "rasterize_mode": "antialiased", "sh_degree": 3, "absgrad": True}
+    expected = render_with_gradients(rasterization, scene, torch.float32, **options)
+    for name, value in render_with_gradients(apart, scene, torch.float32, **options).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_gradients_that_come_in_need_not_be_contiguous():
+    scene = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in random_scene(50).items()}
+    scene["means"].requires_grad_()
+    image, alpha, _ = rasterization(**scene)
+    weights = [torch.randn(t.shape, generator=torch.Generator().manual_seed(2)) for t in (image, alpha)]
+    gaps = [with_gaps(weight) for weight in weights]
+    (expected,) = torch.autograd.grad([image, alpha], scene["means"], weights, retain_graph=True)
+    (actual,) = torch.autograd.grad([image, alpha], scene["means"], gaps)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.int32])
+@pytest.mark.parametrize("name", [*GAUSSIAN_TENSORS, "viewmats", "Ks", "backgrounds"])
+def test_other_types_than_float32_are_refused(name, dtype):
+    scene = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in random_scene(5, extra=2).items()}
+    scene["backgrounds"] = torch.zeros(1, 3)
+    scene[name] = scene[name].to(dtype)
+    with pytest.raises(ValueError, match=rf"`{name}` must be float32, got {dtype}; convert it with"):
+        rasterization(**scene)
+
+
 def test_the_intersection_lists_have_gsplats_form():
     scene = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in random_scene(60, cameras=2).items()}
     _, _, info = rasterization(**scene)
@@ -462,15 +503,26 @@ def test_values_that_are_not_finite_are_refused(name, value):
         ({"quats": torch.zeros(4, 4)}, r"`quats` must have shape \[5, 4\], got \[4, 4\]"),
         ({"scales": torch.zeros(5)}, r"`scales` must have shape"),
         ({"opacities": torch.zeros(5, 1)}, r"`opacities` must have shape \[5\], got \[5, 1\]"),
-        ({"colors": torch.zeros(4, 3)}, r"`colors` must have shape \[5, 3\] or \[1, 5, 3\], got \[4, 3\]"),
+        ({"colors": torch.zeros(4, 3)}, r"`colors` must have shape \[5, D\] or \[1, 5, D\], got \[4, 3\]"),
         ({"colors": torch.zeros(5, 0)}, "at least one channel"),
         ({"colors": torch.zeros(5, 4, 3), "sh_degree": 2}, "at least 9 SH coefficients for degree 2, got 4"),
         ({"colors": torch.zeros(5, 25, 3), "sh_degree": 4}, "`sh_degree` must be 0 to 3"),
-        ({"extra_features": torch.zeros(4, 1)}, r"`extra_features` must have shape \[5, 1\]"),
+        ({"extra_features": torch.zeros(4, 1)}, r"`extra_features` must have shape \[5, E\], got \[4, 1\]"),
         ({"backgrounds": torch.zeros(3)}, r"`backgrounds` must have shape \[1, 3\]"),
         ({"viewmats": torch.eye(4)}, r"`viewmats` must have shape \[C, 4, 4\]"),
         ({"viewmats": torch.zeros(0, 4, 4)}, "at least one camera"),
         ({"Ks": torch.eye(3)}, r"`Ks` must have shape"),
+        ({"Ks": torch.zeros(1, 3)}, r"`Ks` must have shape \[1, 3, 3\], got \[1, 3\]"),
+        ({"Ks": torch.zeros(2, 3, 3)}, r"`Ks` must have shape \[1, 3, 3\], got \[2, 3, 3\]"),
+        ({"viewmats": torch.eye(3)[None]}, r"`viewmats` must have shape \[1, 4, 4\], got \[1, 3, 3\]"),
+        ({"colors": torch.zeros(2, 5, 3)}, r"`colors` must have shape \[5, D\] or \[1, 5, D\], got \[2, 5, 3\]"),
+        (
+            {"colors": torch.zeros(5, 3), "sh_degree": 0},
+            r"`colors` must have shape \[5, K, 3\] or \[1, 5, K, 3\], got \[5, 3\]",
+        ),
+        ({"colors": torch.tensor(1.0)}, r"`colors` must have shape \[5, D\] .* got \[\]"),
+        ({"extra_features": torch.zeros(5)}, r"`extra_features` must have shape \[5, E\], got \[5\]"),
+        ({"backgrounds": torch.zeros(1, 4)}, r"`backgrounds` must have shape \[1, 3\], got \[1, 4\]"),
         ({"Ks": torch.zeros(1, 3, 3)}, "positive focal lengths"),
         ({"means": torch.zeros(5, 3, dtype=torch.float64)}, "`means` must be float32, got torch.float64"),
         ({"width": 0}, "at least 1 x 1 .* got 0 x 16"),
