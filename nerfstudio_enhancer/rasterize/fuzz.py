@@ -50,7 +50,8 @@ class Fuzz:
     compiler: str | None = None
     """C++ compiler; else `$CXX`, g++, clang++ or c++, whichever is found first."""
     emulator: str | None = None
-    """What runs programs of the compiler's architecture where this machine cannot, such as qemu-aarch64."""
+    """What runs programs of the compiler's architecture where this machine cannot, such as qemu-aarch64. With sanitizers,
+    which cannot be linked statically, it must find that architecture's libraries: `qemu-aarch64 -L /usr/aarch64-linux-gnu`."""
 
 
 def find_compiler() -> str:
@@ -192,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     compiler = command.compiler or find_compiler()
     emulator = shlex.split(command.emulator or "")
     with tempfile.TemporaryDirectory() as folder:
-        driver = build_driver(Path(folder), compiler, command.sanitizers, static=bool(emulator))
+        static = bool(emulator) and not command.sanitizers
+        driver = build_driver(Path(folder), compiler, command.sanitizers, static=static)
         isas = runnable_instruction_sets(driver, emulator)
         if not isas:
             raise RuntimeError(f"What {compiler} builds does not run here; `--emulator` names what runs it.")

@@ -99,6 +99,25 @@ def test_a_driver_for_another_architecture_does_not_run_here(tmp_path):
     assert fuzz.runnable_instruction_sets(driver) == []
 
 
+def test_the_command_shares_the_calls_among_the_instruction_sets_that_run(tmp_path, monkeypatch, capsys):
+    driver = tmp_path / "driver"
+    driver.write_text('#!/bin/sh\n[ $3 = avx512 ] && exit 2\necho "$1 calls, seed $2, $3"\n')
+    driver.chmod(0o755)
+    built = {}
+    monkeypatch.setattr(
+        fuzz, "build_driver", lambda folder, compiler, sanitizers, static: built.update(s=static) or driver
+    )
+    fuzz.main(["--calls", "5", "--seed", "7", "--compiler", "c++"])
+    assert capsys.readouterr().out.splitlines() == ["3 calls, seed 7, avx2", "2 calls, seed 8, baseline"]
+    assert not built["s"]
+    fuzz.main(["--calls", "5", "--compiler", "c++", "--emulator", "env -u NOTHING"])
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    assert built["s"]
+    driver.write_text("#!/bin/sh\nexit 2\n")
+    with pytest.raises(RuntimeError, match=r"c\+\+ builds does not run here"):
+        fuzz.main(["--calls", "5", "--compiler", "c++"])
+
+
 def test_the_outputs_are_read_array_by_array(tmp_path):
     driver = tmp_path / "driver"
     driver.write_text(
