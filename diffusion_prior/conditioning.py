@@ -14,6 +14,8 @@ from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from diffusion_prior.types import WARP_CHANNELS
+
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLTemporalDecoder
     from transformers import CLIPVisionModelWithProjection
@@ -151,19 +153,31 @@ def micro_conditions(
 
 
 def decoder_condition(
-    rgb: Float[Tensor, "*b t 3 h w"], alpha: Float[Tensor, "*b t 1 h w"], disparity: Float[Tensor, "*b t 1 h w"]
-) -> Float[Tensor, "*b t 11 h w"]:
-    """What the STD sees of a clip: every frame's render, opacity and disparity, and both references, unaligned.
+    rgb: Float[Tensor, "*b t 3 h w"],
+    alpha: Float[Tensor, "*b t 1 h w"],
+    disparity: Float[Tensor, "*b t 1 h w"],
+    warped: Float[Tensor, "*b t warps h w"] | None = None,
+) -> Float[Tensor, "*b t condition h w"]:
+    """What the STD sees of a clip: every frame's render, opacity and disparity, both references unaligned, and warps.
 
     Args:
         rgb: frames in [0, 1] whose first and last are the reference photographs.
         alpha: opacity in [0, 1].
         disparity: `normalised_disparity`.
+        warped: `ConditionClip.warped`; None for an STD that takes none.
+
+    Returns:
+        11 channels, and 4 more for each warped reference: its colours in [-1, 1], 0 where it is not seen, and `seen`.
     """
     signed = to_signed(rgb)
     frames = rgb.shape[-4]
     first, last = (repeat(signed[..., at, :, :, :], "... c h w -> ... t c h w", t=frames) for at in (0, -1))
-    return torch.cat([signed, alpha, disparity, first, last], dim=-3)
+    parts = [signed, alpha, disparity, first, last]
+    if warped is not None and warped.shape[-3]:
+        for warp in warped.split(WARP_CHANNELS, dim=-3):
+            seen = warp[..., 3:, :, :]
+            parts += [to_signed(warp[..., :3, :, :]) * seen, seen]
+    return torch.cat(parts, dim=-3)
 
 
 def pose_conditions(

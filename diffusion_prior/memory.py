@@ -86,7 +86,7 @@ def estimate_memory(
     """
     factor = prior.latent_factor
     rows, columns = (max(2, -(-side // factor)) for side in (height, width))
-    pictures = num_frames * rows * columns * factor**2 * (5 + prior.std.config["condition_channels"]) * 4
+    pictures = num_frames * rows * columns * factor**2 * (5 + prior.std.condition_channels) * 4
     window = min(num_frames, prior.effective_config.num_frames)
     tile = prior._latent_tile or (rows, columns)
     decoded = min(window, preset.decode_frames or window)
@@ -187,7 +187,7 @@ def unet_stand_ins(prior: VideoPrior, frames: int, rows: int, columns: int) -> l
 def decoding_cost(prior: VideoPrior, frames: int, rows: int, columns: int) -> Cost:
     """One window through the STD; rows and columns in latents."""
     config, dtype, factor = prior.std.config, prior.std.dtype, prior.latent_factor
-    condition = (1, frames, config["condition_channels"], rows * factor, columns * factor)
+    condition = (1, frames, prior.std.condition_channels, rows * factor, columns * factor)
     return _meta_call(
         prior.std,
         torch.empty((1, frames, config["latent_channels"], rows, columns), dtype=dtype, device="meta"),

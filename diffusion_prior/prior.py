@@ -34,7 +34,7 @@ from diffusion_prior.sampler import SAMPLERS, frame_guidance, guide
 from diffusion_prior.sampling_config import Fit, SamplingConfig
 from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.tiles import Tile, blend_tiles, crop_condition, tile_grid
-from diffusion_prior.types import ConditionClip, EnhancedClip
+from diffusion_prior.types import WARP_CHANNELS, ConditionClip, EnhancedClip
 from diffusion_prior.unet import SpatioTemporalUNet
 
 
@@ -136,8 +136,7 @@ class VideoPrior:
         self.preset = PRESETS["all"]
         self._device: torch.device | None = None
         for module in (vae, unet, std):
-            speed_up(module)
-            set_norm_groups(module, config.norm_groups)
+            self._fit_out(module)
         _check_parts_fit(self)
 
     @property
@@ -186,6 +185,20 @@ class VideoPrior:
     def latent_scale(self) -> float:
         """What latents are multiplied by before noise is added: one over their standard deviation."""
         return self.vae.config["scaling_factor"]
+
+    def set_std(self, std: SpatialTemporalDecoder) -> None:
+        """Decode with another spatial-temporal decoder from now on.
+
+        Raises:
+            ValueError: where it does not fit the other parts.
+        """
+        self._fit_out(std)
+        self.std = std.eval()
+        _check_parts_fit(self)
+
+    def _fit_out(self, module: nn.Module) -> None:
+        speed_up(module)
+        set_norm_groups(module, self.config.norm_groups)
 
     def set_latent_scale(self, scale: float) -> None:
         """Record the scale of a newly trained VAE in its config."""
@@ -293,7 +306,7 @@ class VideoPrior:
         """Frames in [0, 1] from the latents of `predict_latents` (or of any other source) and the clip itself."""
         height, width = clip.rgb.shape[-2:]
         rgb, alpha, disparity = self._padded(clip)
-        condition = decoder_condition(rgb, alpha, disparity)
+        condition = decoder_condition(rgb, alpha, disparity, self._warped(clip))
         dtype, factor = self.std.dtype, self.latent_factor
         size, overlap = self.effective_config.num_frames, self.effective_config.window_overlap
         if self.preset.decode_frames is not None and self.preset.decode_frames < size:
@@ -355,6 +368,16 @@ class VideoPrior:
         factor = self.latent_factor
         images = (clip.rgb, clip.alpha, clip.disparity)
         return [pad_to_multiple(frames.to(self.device, torch.float32), factor, 2 * factor) for frames in images]
+
+    def _warped(self, clip: ConditionClip) -> Tensor:
+        """As many warped references as the STD takes, padded like the rest; those that the clip lacks are seen nowhere."""
+        factor, channels = self.latent_factor, WARP_CHANNELS * self.std.config["warped_references"]
+        frames, _, height, width = clip.rgb.shape
+        warped = torch.zeros(frames, channels, height, width, device=self.device)
+        if clip.warped is not None:
+            given = clip.warped[:, :channels]
+            warped[:, : given.shape[1]] = given.to(warped)
+        return pad_to_multiple(warped, factor, 2 * factor)
 
     def _windows(self, num_frames: int, size: int, overlap: int) -> list[Int[Tensor, " n"]]:
         return [index.to(self.device) for index in frame_windows(num_frames, size, overlap)]

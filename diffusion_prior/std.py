@@ -20,12 +20,19 @@ from diffusers.models.modeling_utils import ModelMixin
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from diffusion_prior.types import WARP_CHANNELS
+
 CONDITION_CHANNELS = 11
-"""Render 3, alpha 1, disparity 1, first reference 3, last reference 3: `conditioning.decoder_condition`."""
+"""Render 3, alpha 1, disparity 1, first reference 3, last reference 3: `conditioning.decoder_condition`, which appends
+`WARP_CHANNELS` for each warped reference."""
 
 
 class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
-    """Temporal decoder with CFW and temporal convolutions at every scale, and a learned blend with the render."""
+    """Temporal decoder with CFW and temporal convolutions at every scale, and a learned blend with render and warps.
+
+    The output is decoded + sum_i b_i (candidate_i - decoded) over the render and the warped references, where the
+    shares b_i are learned for every pixel: what is right in a candidate passes through untouched.
+    """
 
     @register_to_config
     def __init__(
@@ -34,10 +41,11 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         block_out_channels: Sequence[int] = (128, 256, 512, 512),
         layers_per_block: int = 2,
         patch_size: int = 1,
-        condition_channels: int = CONDITION_CHANNELS,
+        warped_references: int = 0,
         condition_widths: Sequence[int] = (64, 128, 256, 256),
     ) -> None:
         super().__init__()
+        condition_channels = self.condition_channels
         if len(condition_widths) != len(block_out_channels):
             raise ValueError(
                 f"`condition_widths` needs one width per decoder block: {tuple(condition_widths)} against "
@@ -53,7 +61,13 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         coarse_to_fine = list(zip(reversed(block_out_channels), reversed(condition_widths)))
         self.warps = nn.ModuleList(FeatureWarp(width, condition) for width, condition in coarse_to_fine)
         self.temporal = nn.ModuleList(TemporalConvolution(width) for width in reversed(block_out_channels))
-        self.blend = _zeroed(nn.Conv2d(block_out_channels[0] + condition_widths[0], patch_size**2, 3, padding=1))
+        shares = (1 + warped_references) * patch_size**2
+        self.blend = _zeroed(nn.Conv2d(block_out_channels[0] + condition_widths[0], shares, 3, padding=1))
+
+    @property
+    def condition_channels(self) -> int:
+        """Channels of the condition at full resolution."""
+        return CONDITION_CHANNELS + WARP_CHANNELS * self.config["warped_references"]
 
     @classmethod
     def from_vae(
@@ -61,6 +75,7 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         vae: AutoencoderKLTemporalDecoder,
         patch_size: int = 1,
         condition_widths: Sequence[int] | None = None,
+        warped_references: int = 0,
     ) -> SpatialTemporalDecoder:
         """An untrained STD around a copy of a VAE's decoder.
 
@@ -68,6 +83,7 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
             vae: video VAE whose `out_channels` is 3 * patch_size^2.
             patch_size: side of the pixel blocks that the VAE takes as channels.
             condition_widths: channels of the condition encoder from fine to coarse; half of the decoder's by default.
+            warped_references: how many warped references it takes.
 
         Raises:
             ValueError: where the VAE's channels and `patch_size` do not agree.
@@ -83,6 +99,7 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
             block_out_channels=widths,
             layers_per_block=vae.config["layers_per_block"],
             patch_size=patch_size,
+            warped_references=warped_references,
             condition_widths=condition_widths or tuple(width // 2 for width in widths),
         )
         std.decoder = copy.deepcopy(vae.decoder)
@@ -101,10 +118,15 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         frames = latents.shape[1]
         patch = self.config["patch_size"]
         features = self.condition_encoder(_flat(F.pixel_unshuffle(condition, patch)))
-        decoded, blend = self._decode(_flat(latents), features, frames)
+        decoded, shares = self._decode(_flat(latents), features, frames)
         decoded = F.pixel_shuffle(decoded, patch).unflatten(0, (-1, frames))
-        blend = F.pixel_shuffle(blend, patch).unflatten(0, (-1, frames))
-        return decoded + blend * (condition[:, :, :3] - decoded)
+        shares = F.pixel_shuffle(shares, patch).unflatten(0, (-1, frames))
+        blended = decoded + shares[:, :, :1] * (condition[:, :, :3] - decoded)
+        for number in range(self.config["warped_references"]):
+            start = CONDITION_CHANNELS + WARP_CHANNELS * number
+            colour, seen = condition[:, :, start : start + WARP_CHANNELS].split([3, 1], dim=2)
+            blended = blended + shares[:, :, number + 1 : number + 2] * (colour - seen * decoded)
+        return blended
 
     def _decode(
         self, latents: Float[Tensor, "bf c h w"], features: list[Tensor], frames: int
@@ -124,6 +146,30 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         hidden = decoder.conv_act(decoder.conv_norm_out(hidden))
         blend = self.blend(torch.cat([hidden, features[0]], dim=1))
         return _temporal(decoder.time_conv_out, decoder.conv_out(hidden), frames), blend
+
+
+def with_warped_references(std: SpatialTemporalDecoder, count: int) -> SpatialTemporalDecoder:
+    """The same decoder for more warped references, which it does not look at yet: its output stays what it was.
+
+    Args:
+        std: trained or not; left as it is.
+        count: how many warped references the new one takes.
+
+    Raises:
+        ValueError: where it takes more already.
+    """
+    if count < std.config["warped_references"]:
+        raise ValueError(f"the decoder takes {std.config['warped_references']} warped references, more than {count}.")
+    names = ("latent_channels", "block_out_channels", "layers_per_block", "patch_size", "condition_widths")
+    wider = SpatialTemporalDecoder(**{name: std.config[name] for name in names}, warped_references=count)
+    nn.Module.to(wider, dtype=std.dtype, device=std.device)
+    state = wider.state_dict()
+    for name, tensor in std.state_dict().items():
+        target = torch.zeros_like(state[name])
+        target[tuple(slice(size) for size in tensor.shape)] = tensor
+        state[name] = target
+    wider.load_state_dict(state)
+    return wider
 
 
 class ConditionEncoder(nn.Module):

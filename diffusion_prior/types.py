@@ -8,6 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+WARP_CHANNELS = 4
+"""Channels of one warped reference: r, g, b and how well it is seen."""
+
 
 @dataclass(frozen=True)
 class ConditionClip:
@@ -19,6 +22,10 @@ class ConditionClip:
     """Accumulated opacity in [0, 1]; 1 at the references."""
     disparity: Float[Tensor, "t 1 h w"]
     """`conditioning.normalised_disparity` in [0, 1]; 0 where nothing is seen. At the references: that of the render there."""
+    warped: Float[Tensor, "t warps h w"] | None = None
+    """Reference photographs as the frame's camera would see them through the rendered depth, best first: for each r, g, b
+    in [0, 1] and `seen` in [0, 1], 0 where the reference does not see what the frame shows (r = g = b = 0 there). None
+    where they are not known: priors that take them go without."""
     camera_to_world: Float[Tensor, "t 3 4"] | None = None
     """OpenCV axes (x right, y down, z forward). Only the pose-conditioned layout reads it."""
     fov_x_rad: float | None = None
@@ -38,14 +45,26 @@ class ConditionClip:
                 raise ValueError(
                     f"`{name}` must be {(frames, 1, height, width)} as `rgb` is, got {tuple(given.shape)}."
                 )
-        for name, given in (("rgb", self.rgb), ("alpha", self.alpha), ("disparity", self.disparity)):
-            if not torch.isfinite(given).all():
+        if self.warped is not None:
+            _check_warped(self.warped, (frames, height, width))
+        pictures = (("rgb", self.rgb), ("alpha", self.alpha), ("disparity", self.disparity), ("warped", self.warped))
+        for name, given in pictures:
+            if given is not None and not torch.isfinite(given).all():
                 raise ValueError(f"`{name}` holds NaN or infinite values; give finite values in [0, 1].")
 
     @property
     def num_frames(self) -> int:
         """Frames including both references."""
         return self.rgb.shape[0]
+
+
+def _check_warped(warped: Tensor, wanted: tuple[int, int, int]) -> None:
+    frames, channels, height, width = warped.shape
+    if (frames, height, width) != wanted or channels % WARP_CHANNELS or channels == 0:
+        raise ValueError(
+            f"`warped` must hold {WARP_CHANNELS} channels (r, g, b, seen) for each warped reference, frames, height and "
+            f"width {wanted} as `rgb`, got {tuple(warped.shape)}."
+        )
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channe
 from nerfstudio_enhancer.enhanced_views import EnhancedViews
 from nerfstudio_enhancer.rendering import RenderedClip, render_clip, trajectory_cameras
 from nerfstudio_enhancer.trajectory import TrajectoryConfig, plan_trajectories
+from nerfstudio_enhancer.warping import WarpSources, warp_references
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModel
@@ -134,6 +135,9 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
     """Render and repair each trajectory; the clips end on reference photographs, which are cut off afterwards."""
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
+    sources = None
+    if config.feed == "enhanced":
+        sources = WarpSources.of(model, references.photographs, references.cameras)
     done = 0
     clips = []
     for trajectory in trajectories:
@@ -151,6 +155,7 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
             prior,
             generator,
             mean_colour(references).to(rendered.rgb),
+            sources,
         )
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
         clips.append(_UnweighedClip(frames[inner], middle, cameras[inner]))
@@ -160,7 +165,7 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
     return clips
 
 
-def _feed(rendered, ends, cameras, config, prior, generator, mean_colour) -> Float[Tensor, "t h w 3"]:
+def _feed(rendered, ends, cameras, config, prior, generator, mean_colour, sources) -> Float[Tensor, "t h w 3"]:
     """The frames that are fed back for one rendered clip."""
     if config.feed == "renders":
         return rendered.rgb
@@ -174,24 +179,41 @@ def _feed(rendered, ends, cameras, config, prior, generator, mean_colour) -> Flo
         raise ValueError(
             "feed='enhanced' needs a prior, got prior='none'. Use `--pipeline.model.enhance.prior bundled`."
         )
-    return to_channels_last(prior.enhance(condition_clip(rendered, ends, cameras), generator).rgb).to(rendered.rgb)
+    return to_channels_last(prior.enhance(condition_clip(rendered, ends, cameras, sources), generator).rgb).to(
+        rendered.rgb
+    )
 
 
 def condition_clip(
     rendered: RenderedClip,
     ends: tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]],
     cameras: Cameras,
+    sources: WarpSources | None = None,
 ) -> ConditionClip:
-    """The prior's input: the renders with the reference photographs as first and last frame (paper, section 4.1)."""
+    """The prior's input: the renders with the reference photographs as first and last frame (paper, section 4.1).
+
+    Args:
+        rendered: what the splats show along the path.
+        ends: photographs of the references at which it begins and ends.
+        cameras: of the frames.
+        sources: references to warp into every frame; None warps none.
+    """
     rgb, alpha = rendered.rgb.clone(), rendered.alpha.clone()
     rgb[0], rgb[-1] = ends[0].to(rgb), ends[1].to(rgb)
     alpha[0] = alpha[-1] = 1.0
+    warped = None
+    if sources is not None:
+        warped = warp_references(rendered.depth, rendered.alpha, cameras, sources)
+        for at in (0, -1):
+            warped[at] = 0
+            warped[at, :3], warped[at, 3] = to_channels_first(rgb[at]), 1.0
     width, fx = int(cameras.width[0].item()), float(cameras.fx[0].item())
     camera_to_world = torch.linalg.inv(world_to_camera_opencv(as_4x4(cameras.camera_to_worlds.cpu())))
     return ConditionClip(
         rgb=to_channels_first(rgb),
         alpha=to_channels_first(alpha),
         disparity=normalised_disparity(to_channels_first(rendered.depth), to_channels_first(rendered.alpha)),
+        warped=warped,
         camera_to_world=camera_to_world[:, :3],
         fov_x_rad=2 * float(torch.atan(torch.tensor(width / (2 * fx)))),
     )

@@ -24,7 +24,7 @@ from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
 from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
-from nerfstudio_enhancer.losses import confidence_weighted_photometric, depth_loss
+from nerfstudio_enhancer.losses import confidence_weighted_photometric, depth_loss, disparity_smoothness
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
@@ -61,9 +61,15 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     depth_weight: float = 0.0
     """Weight of the depth loss: on reference views the rendered depth is pulled to the stereo depth where that is
     consistent. 0 is splatfacto."""
+    depth_smoothness: float = 0.2
+    """Weight of the change of rendered disparity between neighbouring pixels that look alike, on reference views. 0 is
+    splatfacto."""
     seen_opacity: float = 0.1
     """Opacity at which splats start from seed points that photographs agree on, in (0, 1); random ones start at 0.1."""
-    gaussian_dropout: float = 0.0
+    opacity_decay: float = 0.99
+    """What every training step leaves of each Gaussian's opacity (Binocular-Guided 3DGS, section 3.3). What several
+    photographs agree on is made opaque again by their gradients; floaters that few of them see fade. 1 is splatfacto."""
+    gaussian_dropout: float = 0.1
     """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
 
@@ -191,6 +197,12 @@ class EnhancerModel(SplatfactoModel):
         before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
         return [TrainingCallback([before], rounds.run_if_due), *callbacks]
 
+    def step_post_backward(self, step: int) -> None:
+        """Splatfacto's densification, then opacities decay."""
+        super().step_post_backward(step)
+        if self.config.opacity_decay < 1:
+            decay_opacities(self.gauss_params["opacities"], self.config.opacity_decay)
+
     def set_reference_mean(self, colour: Tensor) -> None:
         """Mean colour of the reference photographs, sRGB in [0, 1]; kept in the checkpoint."""
         self.reference_mean.copy_(colour.to(self.reference_mean))
@@ -223,7 +235,8 @@ class EnhancerModel(SplatfactoModel):
         self.last_size = (height, width)
         colors, sh_degree = self._colors(params)
         scales = torch.exp(params["scales"])
-        with_depth = self.config.output_depth_during_training or self.config.depth_weight > 0 or not self.training
+        supervised = max(self.config.depth_weight, self.config.depth_smoothness) > 0
+        with_depth = self.config.output_depth_during_training or supervised or not self.training
         render, alpha, self.info = rasterization(
             means=params["means"],
             quats=params["quats"],
@@ -319,6 +332,10 @@ class EnhancerModel(SplatfactoModel):
                 trusted = _nearest(batch[TRUSTED_DEPTH].to(depth), depth.shape[0], depth.shape[1])
                 loss = depth_loss(depth, outputs["accumulation"], trusted)
                 losses["depth_loss"] = self.config.depth_weight * loss
+            if self.config.depth_smoothness > 0:
+                photograph = self.get_gt_img(batch["image"])[..., :3]
+                smoothness = disparity_smoothness(outputs["depth"], photograph)
+                losses["depth_smoothness"] = self.config.depth_smoothness * smoothness
             return losses
         main_loss = confidence_weighted_photometric(
             outputs["rgb"],
@@ -328,6 +345,17 @@ class EnhancerModel(SplatfactoModel):
             self.config.ssim_lambda,
         )
         return {"main_loss": main_loss}
+
+
+@torch.no_grad()
+def decay_opacities(logits: Tensor, kept: float) -> None:
+    """Multiply opacities by `kept` in place; they are stored as logits [n 1]."""
+    opacities = torch.sigmoid(logits) * kept
+    logits.copy_(torch.logit(opacities, eps=LEAST_OPACITY))
+
+
+LEAST_OPACITY = 1e-6
+"""Opacities do not decay below this; splats are removed long before."""
 
 
 def _nearest(image: Tensor, height: int, width: int) -> Tensor:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusion_prior.data.pairs import RunHeader, find_runs, read_header, read_rows
+from diffusion_prior.types import WARP_CHANNELS
 
 OPAQUE = 255
 THUMBNAIL_PX = 64
 """Side of the whole frames that go along with a crop, for the image encoder."""
-PICTURES = ("rgb", "alpha", "disparity", "target")
+PICTURES = ("rgb", "alpha", "disparity", "warped", "target")
 VALIDATION_SHARE = 12
 """One scene in this many is held out where no validation scenes are named."""
 
@@ -44,6 +45,8 @@ class ClipBatch:
     """Accumulated opacity; opaque at the references."""
     disparity: UInt8[Tensor, "b t 1 h w"]
     """Normalised disparity of the render, at the references too."""
+    warped: UInt8[Tensor, "b t warps h w"]
+    """References through the rendered depth, see `ConditionClip.warped`; the ends are warped onto themselves alone."""
     target: UInt8[Tensor, "b t 3 h w"]
     """Photographs of all frames."""
     thumbnail: UInt8[Tensor, "b t 3 s s"]
@@ -192,10 +195,20 @@ def read_clip(gap: Gap, frames: Sequence[int]) -> ClipBatch:
         rgb,
         torch.cat([opaque, rows["alpha"], opaque]),
         torch.cat([first_disparity, rows["disparity"], last_disparity]),
+        torch.cat(
+            [_warped_onto_itself(first, rows["warped"]), rows["warped"], _warped_onto_itself(last, rows["warped"])]
+        ),
         torch.cat([first, rows["target"], last]),
         thumbnails(rgb),
     )
     return ClipBatch(*(rearrange(frames_of, "t c h w -> 1 t c h w") for frames_of in clip))
+
+
+def _warped_onto_itself(reference: UInt8[Tensor, "1 3 h w"], like: UInt8[Tensor, "t warps h w"]) -> Tensor:
+    """A reference is fully seen by itself, and no other is looked for."""
+    warped = torch.zeros_like(like[:1])
+    warped[:, :3], warped[:, 3] = reference, OPAQUE
+    return warped
 
 
 def thumbnails(rgb: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 s s"]:
@@ -252,6 +265,9 @@ def augment(clip: ClipBatch, size: tuple[int, int], config: ClipConfig, generato
     if config.permute_channels and _below(2, generator):
         order = torch.randperm(3, generator=generator)
         clip = _changed(clip, ("rgb", "target", "thumbnail"), lambda frames: frames[:, :, order])
+        warps = torch.arange(clip.warped.shape[2]).unflatten(0, (-1, WARP_CHANNELS))
+        warps[:, :3] = warps[:, order]
+        clip = _changed(clip, ("warped",), lambda frames: frames[:, :, warps.flatten()])
     return clip
 
 

@@ -1,7 +1,7 @@
-"""Paired-data format, version 1: one folder per run of sparse splats.
+"""Paired-data format, version 2: one folder per run of sparse splats.
 
 `<root>/<scene>/k<kk>_s<seed>_n<steps>/` holds `meta.json` (who made it, shapes, checksum) and `frames.safetensors` (the arrays of `PairRun`
-under their field names). Pictures are stored as 8-bit, so a frame of 320 x 240 pixels takes 0.6 MB and can be read by itself.
+under their field names). Pictures are stored as 8-bit, so a frame of 320 x 240 pixels takes 1.2 MB and can be read by itself.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffusion_prior.types import WARP_CHANNELS
+
 FORMAT_NAME = "nerfstudio-enhancer-pairs"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_NAME = "meta.json"
 FRAMES_NAME = "frames.safetensors"
 
@@ -30,6 +32,7 @@ DTYPES = {
     "render": torch.uint8,
     "alpha": torch.uint8,
     "disparity": torch.uint8,
+    "warped": torch.uint8,
     "target": torch.uint8,
     "references": torch.uint8,
     "reference_disparity": torch.uint8,
@@ -57,6 +60,8 @@ class PairRun:
     """Accumulated opacity; 255 = 1."""
     disparity: UInt8[Tensor, "n 1 h w"]
     """`diffusion_prior.conditioning.normalised_disparity` of the render; 255 = 1."""
+    warped: UInt8[Tensor, "n warps h w"]
+    """Reference photographs through the rendered depth: `diffusion_prior.types.ConditionClip.warped`; 255 = 1."""
     target: UInt8[Tensor, "n 3 h w"]
     """The photographs at the same cameras."""
     references: UInt8[Tensor, "k 3 h w"]
@@ -217,6 +222,7 @@ def check_arrays(arrays: dict[str, Tensor], num_views: int) -> None:
         "render": (n, 3, h, w),
         "alpha": (n, 1, h, w),
         "disparity": (n, 1, h, w),
+        "warped": (n, arrays["warped"].shape[1] // WARP_CHANNELS * WARP_CHANNELS, h, w),
         "target": (n, 3, h, w),
         "references": (k, 3, h, w),
         "reference_disparity": (k, 1, h, w),

@@ -20,6 +20,7 @@ from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_fl
 from diffusion_prior.noise import karras_sigmas
 from diffusion_prior.prior import VideoPrior, denoise
 from diffusion_prior.sampler import frame_guidance, guide, sample_euler
+from diffusion_prior.std import with_warped_references
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.discriminator import PatchDiscriminator
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
@@ -36,6 +37,7 @@ from diffusion_prior.training.setup import (
 from diffusion_prior.training.train_ldm import batch_condition
 from diffusion_prior.training.train_vae import decode_stock
 from diffusion_prior.training.validation import condition_clip, judge
+from diffusion_prior.types import WARP_CHANNELS
 
 VALIDATION_FRAMES = 8
 INITIAL_BLEND = 0.8
@@ -54,6 +56,8 @@ class StdConfig(TrainingConfig):
     """Weight of the patch discriminator's verdict; 0 trains without one."""
     adversarial_start: float = 0.5
     """Share of the training before the discriminator has a say."""
+    warped_references: int = 2
+    """Warped references that the decoder looks at; one that looked at fewer before is widened."""
     photograph_latent_probability: float = 0.1
     """Share of the clips which get the latents of the photographs instead of sampled ones."""
 
@@ -106,7 +110,9 @@ class StdLosses(Losses):
         prior, config = self._prior, self.config
         batch = clip_to(batch, prior.device)
         target = to_signed(to_float(batch.target))
-        condition = decoder_condition(to_float(batch.rgb), to_float(batch.alpha), to_float(batch.disparity))
+        channels = WARP_CHANNELS * self.std.config["warped_references"]
+        pictures = (batch.rgb, batch.alpha, batch.disparity, batch.warped[:, :, :channels])
+        condition = decoder_condition(*map(to_float, pictures))
         pred = self.std(self._latents(batch, generator), condition).float()
         middle, truth = (rearrange(frames[:, 1:-1], "b t c h w -> (b t) c h w") for frames in (pred, target))
         parts = {"l1": (pred - target).abs().mean(), "lpips": perceptual_distance(middle, truth)}
@@ -180,7 +186,7 @@ def start_from_the_render(prior: VideoPrior) -> None:
     """Let an untrained decoder begin near the render: from the stock decoder it would spend its first steps on the way there."""
     bias = prior.std.blend.bias
     if bias is not None and not bias.any():
-        torch.nn.init.constant_(bias, INITIAL_BLEND)
+        torch.nn.init.constant_(bias[: prior.config.patch_size**2], INITIAL_BLEND)
 
 
 def run(config: StdConfig) -> None:
@@ -188,6 +194,7 @@ def run(config: StdConfig) -> None:
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
     config = cut_to_latents(config, prior)
+    prior.set_std(with_warped_references(prior.std, config.warped_references))
     start_from_the_render(prior)
     task = StdTask(config, prior)
     train(task, config, accelerator)

@@ -133,6 +133,8 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
         model.depth_weight = 0.0
     if "regularisation" not in additions:
         model.gaussian_dropout = 0.0
+        model.opacity_decay = 1.0
+        model.depth_smoothness = 0.0
 
 
 def with_seed_points(config: TrainerConfig, source: SeedSource) -> None:

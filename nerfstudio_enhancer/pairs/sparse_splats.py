@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 from diffusion_prior.conditioning import normalised_disparity
 from diffusion_prior.data.pairs import PairRun, run_folder, write_run
 from nerfstudio_enhancer.contact_sheet import write_sheet
-from nerfstudio_enhancer.conventions import to_channels_first
+from nerfstudio_enhancer.conventions import to_channels_first, to_channels_last
 from nerfstudio_enhancer.datamanager import EnhancerDataManager
 from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.methods import (
@@ -33,9 +34,11 @@ from nerfstudio_enhancer.evaluation.methods import (
     with_additions,
     with_seed_points,
 )
+from nerfstudio_enhancer.model import EnhancerModel
 from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
-from nerfstudio_enhancer.rendering import render_clip
+from nerfstudio_enhancer.rendering import RenderedClip, render_clip
 from nerfstudio_enhancer.scene.capture import Frame, natural_key, read_capture
+from nerfstudio_enhancer.warping import WarpSources, warp_references
 
 ASPECT_TOLERANCE = 0.02
 """Largest relative difference of aspect ratio at which a picture is resized to the run's size instead of left out."""
@@ -155,6 +158,8 @@ class _LeftOutViews:
 
     reference_cameras: Cameras
     references: UInt8[Tensor, "k 3 h w"]
+    reference_photographs: list[Float[Tensor, "_h _w 3"]]
+    """The same in [0, 1], each of its camera's size."""
     cameras: list[Cameras]
     photographs: UInt8[Tensor, "n 3 h w"]
     before: list[int]
@@ -175,6 +180,7 @@ class _LeftOutViews:
         return cls(
             reference_cameras=datamanager.train_dataset.cameras,
             references=torch.stack([_resized(reference, size) for reference in references]),
+            reference_photographs=[to_channels_last(reference[None])[0].float() / 255 for reference in references],
             cameras=[cameras[i : i + 1] for i in kept],
             photographs=torch.stack([_resized(photographs[i], size) for i in kept]),
             before=[
@@ -203,23 +209,32 @@ def last_reference_before(name: Path, references: Sequence[Path]) -> int:
 
 
 def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews, steps: int) -> PairRun:
-    model = trainer.pipeline.model
+    model = cast(EnhancerModel, trainer.pipeline.model)
     size = tuple(views.references.shape[-2:])
-    rendered = [_rendered(model, camera, size) for camera in views.cameras]
-    at_references = [_rendered(model, views.reference_cameras[i : i + 1], size) for i in range(training.num_views)]
-    render, alpha, disparity = (torch.cat(parts) for parts in zip(*rendered))
+    clips = [render_clip(model, camera.to(model.device)) for camera in views.cameras]
+    at_references = [
+        render_clip(model, views.reference_cameras[i : i + 1].to(model.device)) for i in range(training.num_views)
+    ]
+    sources = WarpSources(
+        views.reference_photographs, [clip.depth[0] for clip in at_references], views.reference_cameras
+    )
+    warped = [
+        _stored(warp_references(clip.depth, clip.alpha, camera, sources), size)
+        for clip, camera in zip(clips, views.cameras)
+    ]
     before = torch.tensor(views.before)
     return PairRun(
         scene=training.scene,
         num_views=training.num_views,
         seed=training.seed,
         steps=steps,
-        render=render,
-        alpha=alpha,
-        disparity=disparity,
+        render=torch.cat([_stored(to_channels_first(clip.rgb), size) for clip in clips]),
+        alpha=torch.cat([_stored(to_channels_first(clip.alpha), size) for clip in clips]),
+        disparity=torch.cat([_disparity(clip, size) for clip in clips]),
+        warped=torch.cat(warped),
         target=views.photographs,
         references=views.references,
-        reference_disparity=torch.cat([parts[2] for parts in at_references]),
+        reference_disparity=torch.cat([_disparity(clip, size) for clip in at_references]),
         before=before,
         after=before + 1,
         camera_to_world=torch.cat([camera.camera_to_worlds for camera in views.cameras]).float().cpu(),
@@ -234,12 +249,14 @@ def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews,
     )
 
 
-def _rendered(model, camera: Cameras, size: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """Colour, opacity and disparity of one view as 8-bit pictures [1 c h w]."""
-    clip = render_clip(model, camera.to(model.device))
-    rgb, alpha, depth = (to_channels_first(picture).cpu() for picture in (clip.rgb, clip.alpha, clip.depth))
-    pictures = (rgb, alpha, normalised_disparity(depth, alpha))
-    return tuple(_resized(_to_uint8(picture), size) for picture in pictures)  # pyright: ignore[reportReturnType]
+def _disparity(clip: RenderedClip, size: tuple[int, ...]) -> UInt8[Tensor, "t 1 H W"]:
+    """Normalised disparity of a render as 8-bit pictures."""
+    return _stored(normalised_disparity(to_channels_first(clip.depth), to_channels_first(clip.alpha)), size)
+
+
+def _stored(picture: Float[Tensor, "t c h w"], size: tuple[int, ...]) -> UInt8[Tensor, "t c H W"]:
+    """Pictures in [0, 1] as they are stored."""
+    return _resized(_to_uint8(picture.cpu()), size)
 
 
 def _channels_first(image: Tensor) -> UInt8[Tensor, "3 h w"]:
@@ -273,7 +290,7 @@ def _intrinsics(camera: Cameras, size: tuple[int, ...]) -> Float[Tensor, "4"]:
 
 
 def save_contact_sheet(run: PairRun, path: Path) -> None:
-    """A picture for people: reference before | render | opacity | disparity | photograph | reference after."""
+    """A picture for people: reference before | render | opacity | disparity | best warp | photograph | reference after."""
     count = run.render.shape[0]
     rows = [
         [
@@ -281,6 +298,7 @@ def save_contact_sheet(run: PairRun, path: Path) -> None:
             run.render[i],
             run.alpha[i].expand(3, -1, -1),
             run.disparity[i].expand(3, -1, -1),
+            run.warped[i, :3],
             run.target[i],
             run.references[run.after[i]],
         ]

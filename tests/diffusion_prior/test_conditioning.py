@@ -93,6 +93,16 @@ def test_decoder_condition_gives_every_frame_both_references():
     assert torch.equal(batched[0], condition)
 
 
+def test_decoder_condition_appends_warped_references_grey_where_they_are_not_seen():
+    clip = random_clip(frames=4)
+    warped = torch.zeros(4, 8, 16, 24)
+    warped[:, :3], warped[:, 3] = 0.75, 1.0  # the first is seen everywhere, the second nowhere
+    condition = decoder_condition(clip.rgb, clip.alpha, clip.disparity, warped)
+    assert condition.shape == (4, 19, 16, 24)
+    assert torch.equal(condition[:, :11], decoder_condition(clip.rgb, clip.alpha, clip.disparity))
+    assert condition[0, 11:, 0, 0].tolist() == [0.5, 0.5, 0.5, 1.0, 0.0, 0.0, 0.0, 0.0]
+
+
 def test_frames_are_encoded_one_by_one_whatever_the_batch_axes():
     prior, clip = tiny_prior(), random_clip()
     with torch.no_grad():

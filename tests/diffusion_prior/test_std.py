@@ -4,7 +4,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from tiny_prior import random_clip, randomise, tiny_prior
 
 from diffusion_prior.conditioning import decoder_condition
-from diffusion_prior.std import SpatialTemporalDecoder
+from diffusion_prior.std import SpatialTemporalDecoder, with_warped_references
 
 
 def video_vae(patch_size=1, layers=1):
@@ -21,9 +21,11 @@ def video_vae(patch_size=1, layers=1):
     return vae.eval()
 
 
-def std_inputs(patch_size, batch=1, frames=3):
+def std_inputs(patch_size, batch=1, frames=3, warped_references=0):
     clip = random_clip(frames, height=8 * patch_size, width=12 * patch_size)
-    condition = decoder_condition(clip.rgb, clip.alpha, clip.disparity).expand(batch, -1, -1, -1, -1)
+    shape = (frames, 4 * warped_references, 8 * patch_size, 12 * patch_size)
+    warped = torch.rand(shape, generator=torch.Generator().manual_seed(2))
+    condition = decoder_condition(clip.rgb, clip.alpha, clip.disparity, warped).expand(batch, -1, -1, -1, -1)
     return torch.randn(batch, frames, 4, 4, 6, generator=torch.Generator().manual_seed(1)), condition
 
 
@@ -32,8 +34,8 @@ def std_inputs(patch_size, batch=1, frames=3):
 @torch.no_grad()
 def test_an_untrained_std_is_the_stock_decoder_bit_for_bit(patch_size, layers):
     vae = video_vae(patch_size, layers)
-    std = SpatialTemporalDecoder.from_vae(vae, patch_size).eval()
-    latents, condition = std_inputs(patch_size)
+    std = SpatialTemporalDecoder.from_vae(vae, patch_size, warped_references=1).eval()
+    latents, condition = std_inputs(patch_size, warped_references=1)
     stock = vae.decode(latents[0].contiguous(memory_format=torch.channels_last), num_frames=3).sample
     assert torch.equal(std(latents, condition)[0], torch.nn.functional.pixel_shuffle(stock, patch_size))
 
@@ -66,12 +68,12 @@ def test_the_copy_of_the_decoder_is_a_copy():
     assert torch.equal(std.decoder.conv_in.weight, before)
 
 
-@pytest.mark.parametrize("channel", [0, 3, 4, 5, 10])
+@pytest.mark.parametrize("channel", [0, 3, 4, 5, 10, 11, 14, 18])
 @torch.no_grad()
 def test_once_trained_every_part_of_the_condition_matters(channel):
-    std = SpatialTemporalDecoder.from_vae(video_vae(2), 2).eval()
+    std = SpatialTemporalDecoder.from_vae(video_vae(2), 2, warped_references=2).eval()
     randomise(std)
-    latents, condition = std_inputs(2)
+    latents, condition = std_inputs(2, warped_references=2)
     changed = condition.clone()
     changed[:, :, channel] += 0.5
     assert not torch.allclose(std(latents, changed), std(latents, condition))
@@ -94,6 +96,30 @@ def test_a_blend_of_one_gives_the_render_back():
     torch.nn.init.ones_(std.blend.bias)
     latents, condition = std_inputs(2)
     torch.testing.assert_close(std(latents, condition), condition[:, :, :3], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_blend_of_one_gives_a_warped_reference_back_where_it_is_seen_and_changes_nothing_elsewhere():
+    std = SpatialTemporalDecoder.from_vae(video_vae(2), 2, warped_references=1).eval()
+    latents, condition = std_inputs(2, warped_references=1)
+    condition = condition.clone()
+    condition[:, :, 14, :8], condition[:, :, 11:, 8:] = 1.0, 0.0  # seen in the upper half
+    before = std(latents, condition)
+    torch.nn.init.ones_(std.blend.bias[4:])
+    after = std(latents, condition)
+    torch.testing.assert_close(after[..., :8, :], condition[:, :, 11:14, :8], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(after[..., 8:, :], before[..., 8:, :])
+
+
+@torch.no_grad()
+def test_a_decoder_widened_for_warped_references_gives_what_it_gave():
+    std = SpatialTemporalDecoder.from_vae(video_vae(2), 2, warped_references=1).eval()
+    randomise(std)
+    wider = with_warped_references(std, 3).eval()
+    latents, condition = std_inputs(2, warped_references=3)
+    torch.testing.assert_close(wider(latents, condition), std(latents, condition[:, :, :15]))
+    with pytest.raises(ValueError, match="takes 3 warped references, more than 2"):
+        with_warped_references(wider, 2)
 
 
 @torch.no_grad()

@@ -22,9 +22,16 @@ def test_frames_of_another_size_are_refused(monkeypatch):
         ConditionClip(rgb=clip.rgb, alpha=clip.alpha[:, :, :8], disparity=clip.disparity)
 
 
-@pytest.mark.parametrize("name", ["rgb", "alpha", "disparity"])
+@pytest.mark.parametrize("shape", [(3, 5, 16, 24), (2, 4, 16, 24), (3, 0, 16, 24), (3, 4, 8, 24)])
+def test_warped_references_of_another_shape_are_refused(shape, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"`warped` must hold 4 channels \(r, g, b, seen\) for each .* got"):
+        dataclasses.replace(random_clip(), warped=torch.zeros(shape))
+
+
+@pytest.mark.parametrize("name", ["rgb", "alpha", "disparity", "warped"])
 def test_nan_is_refused_and_named(name):
-    clip = random_clip()
+    clip = dataclasses.replace(random_clip(), warped=torch.zeros(3, 4, 16, 24))
     broken = getattr(clip, name).clone()
     broken[1, 0, 2, 3] = torch.nan
     with pytest.raises(ValueError, match=f"`{name}` holds NaN"):

@@ -1,8 +1,11 @@
+import math
+
+import pytest
 import torch
 from pytorch_msssim import SSIM
 from torch.testing import assert_close
 
-from nerfstudio_enhancer.losses import confidence_weighted_photometric
+from nerfstudio_enhancer.losses import confidence_weighted_photometric, disparity_smoothness
 
 
 def images(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,3 +49,29 @@ def test_a_pixel_without_confidence_gets_no_gradient_from_l1() -> None:
     assert rendered.grad is not None
     assert torch.all(rendered.grad[0, 0] == 0)
     assert torch.all(rendered.grad[1:] != 0)
+
+
+def test_disparity_smoothness_by_hand() -> None:
+    depth = torch.tensor([[1.0, 2.0], [2.0, 2.0]])[..., None]  # median 2: disparities 2, 1 / 1, 1
+    flat = torch.full((2, 2, 3), 0.5)
+    # down: mean of |1 - 2| and 0; right: mean of |1 - 2| and 0
+    assert float(disparity_smoothness(depth, flat)) == pytest.approx(0.5 + 0.5)
+    edge = flat.clone()
+    edge[0, 0] = 0.55  # one step of the edge's width on both sides of the jump
+    assert float(disparity_smoothness(depth, edge)) == pytest.approx(math.exp(-1), rel=1e-4)
+
+
+def test_disparity_smoothness_does_not_depend_on_the_unit_of_depth() -> None:
+    depth = torch.rand(6, 7, 1, generator=torch.Generator().manual_seed(0)) + 0.5
+    photograph = torch.rand(6, 7, 3, generator=torch.Generator().manual_seed(1))
+    once, again = disparity_smoothness(depth, photograph), disparity_smoothness(depth * 7, photograph)
+    torch.testing.assert_close(once, again)
+
+
+def test_disparity_of_pixels_where_nothing_is_stays_finite() -> None:
+    depth = torch.tensor([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0]])[..., None].requires_grad_()
+    loss = disparity_smoothness(depth, torch.zeros(2, 3, 3))
+    loss.backward()
+    assert loss.isfinite()
+    assert depth.grad is not None
+    assert depth.grad.isfinite().all()

@@ -12,7 +12,7 @@ from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from torch.testing import assert_close
 
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
-from nerfstudio_enhancer.model import EnhancerModel, EnhancerModelConfig
+from nerfstudio_enhancer.model import EnhancerModel, EnhancerModelConfig, decay_opacities
 from nerfstudio_enhancer.rasterize import rasterization
 
 STEPS = 12
@@ -99,7 +99,9 @@ def train(model: SplatfactoModel, steps: int = STEPS) -> SplatfactoModel:
 
 
 def plain() -> EnhancerModelConfig:
-    return EnhancerModelConfig(**SETTINGS, enhance=EnhanceConfig(prior="none"), fill_background="splatfacto")
+    return EnhancerModelConfig(
+        **SETTINGS, enhance=EnhanceConfig(prior="none"), fill_background="splatfacto", opacity_decay=1.0
+    )
 
 
 @pytest.mark.usefixtures("splatfacto_on_cpu")
@@ -201,3 +203,10 @@ def test_get_outputs_takes_cameras_only() -> None:
     assert camera(0).camera_type.flatten()[0] == CameraType.PERSPECTIVE.value
     with pytest.raises(TypeError, match=r"[Cc]amera"):  # ours, or that of the type checker which tests switch on
         model.get_outputs(torch.zeros(3))  # type: ignore[arg-type]
+
+
+def test_opacities_decay_by_their_share_and_stop_above_zero() -> None:
+    logits = torch.logit(torch.tensor([[0.8], [0.1], [1e-9]]))
+    decay_opacities(logits, 0.5)
+    # 0.8 / 2, 0.1 / 2; what is as good as gone goes no further
+    torch.testing.assert_close(torch.sigmoid(logits), torch.tensor([[0.4], [0.05], [1e-6]]))

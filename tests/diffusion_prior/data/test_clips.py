@@ -52,6 +52,7 @@ def write_scene(root, scene: str, before: list[int], height: int = 24, width: in
         render=constant([10 + i for i in range(n)], 3),
         alpha=constant([100 + i for i in range(n)], 1),
         disparity=constant([50 + i for i in range(n)], 1),
+        warped=constant([60 + i for i in range(n)], 8),
         target=ramp.to(torch.uint8).contiguous(),
         references=constant([200 + j for j in range(k)], 3),
         reference_disparity=constant([70 + j for j in range(k)], 1),
@@ -78,6 +79,10 @@ def test_a_clip_begins_and_ends_with_the_reference_photographs(tmp_path):
     assert torch.equal(clip.rgb[:, [0, -1]], clip.target[:, [0, -1]])
     assert clip.alpha[0, :, 0, 0, 0].tolist() == [255, 102, 103, 255]
     assert clip.disparity[0, :, 0, 0, 0].tolist() == [71, 52, 53, 72]
+    # the first warp's red and how well it is seen, then the second's: a reference is warped onto itself alone
+    assert clip.warped[0, :, 0, 0, 0].tolist() == [201, 62, 63, 202]
+    assert clip.warped[0, :, 3, 0, 0].tolist() == [255, 62, 63, 255]
+    assert clip.warped[0, :, 4, 0, 0].tolist() == [0, 62, 63, 0]
 
 
 def test_picked_frames_keep_capture_order_and_spread_over_the_gap(tmp_path):
@@ -134,7 +139,8 @@ def test_pictures_below_the_multiple_are_refused(tmp_path):
 def ramp_clip() -> ClipBatch:
     """Two clips of 4 frames whose every byte differs from its neighbours."""
     rgb = (torch.arange(2 * 4 * 3 * 16 * 16) % 241).to(torch.uint8).reshape(2, 4, 3, 16, 16)
-    return ClipBatch(rgb, rgb[:, :, :1].contiguous(), rgb[:, :, 1:2].contiguous(), rgb.clone(), thumbnails(rgb))
+    alpha, disparity, warped = rgb[:, :, :1].contiguous(), rgb[:, :, 1:2].contiguous(), rgb[:, :, [0, 1, 2, 0]]
+    return ClipBatch(rgb, alpha, disparity, warped, rgb.clone(), thumbnails(rgb))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +158,7 @@ def test_an_augmentation_does_the_same_to_every_field_or_nothing(setting, expect
         varied = augment(clip, (16, 16), config, torch.Generator().manual_seed(seed))
         changed = not torch.equal(varied.rgb, clip.rgb)
         seen.add(changed)
-        for name in ("rgb", "alpha", "disparity", "target", "thumbnail"):
+        for name in ("rgb", "alpha", "disparity", "warped", "target", "thumbnail"):
             frames = getattr(clip, name)
             assert torch.equal(getattr(varied, name), expected(frames) if changed else frames)
     assert seen == {True, False}
@@ -165,6 +171,16 @@ def test_channels_are_permuted_alike_in_render_and_photograph():
     assert all(torch.equal(one.rgb, one.target) for one in varied)
     assert any(not torch.equal(one.rgb, clip.rgb) for one in varied)
     assert all(torch.equal(one.rgb.sort(dim=2).values, clip.rgb.sort(dim=2).values) for one in varied)
+
+
+def test_channels_of_warped_references_are_permuted_with_the_photograph_and_how_well_they_are_seen_stays():
+    clip = ramp_clip()
+    clip = dataclasses.replace(clip, warped=torch.cat([clip.target, clip.alpha, clip.target, clip.alpha], dim=2))
+    config = dataclasses.replace(PLAIN, permute_channels=True)
+    varied = [augment(clip, (16, 16), config, torch.Generator().manual_seed(seed)) for seed in range(12)]
+    assert any(not torch.equal(one.target, clip.target) for one in varied)
+    for one in varied:
+        assert torch.equal(one.warped, torch.cat([one.target, clip.alpha, one.target, clip.alpha], dim=2))
 
 
 def test_crop_takes_the_same_rectangle_from_every_field():
@@ -188,6 +204,7 @@ def test_good_patches_lie_between_render_and_photograph_and_raise_alpha():
         torch.zeros(shape, dtype=torch.uint8),
         torch.zeros(1, 3, 1, 32, 32, dtype=torch.uint8),
         torch.zeros(1, 3, 1, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8),
         torch.full(shape, 200, dtype=torch.uint8),
         torch.zeros(1, 3, 3, 64, 64, dtype=torch.uint8),
     )

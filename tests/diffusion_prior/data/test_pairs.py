@@ -31,6 +31,7 @@ def tiny_run(num_frames: int = 4, num_views: int = 3, height: int = 6, width: in
         render=picture(num_frames, 3),
         alpha=picture(num_frames, 1),
         disparity=picture(num_frames, 1),
+        warped=picture(num_frames, 8),
         target=picture(num_frames, 3),
         references=picture(num_views, 3),
         reference_disparity=picture(num_views, 1),
@@ -131,7 +132,7 @@ def test_another_version_is_refused(tmp_path):
     write_run(tmp_path / "run", tiny_run())
     path = tmp_path / "run" / "meta.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "version": 99}))
-    with pytest.raises(ValueError, match=r"version 1, .*version 99"):
+    with pytest.raises(ValueError, match=r"version 2, .*version 99"):
         read_run(tmp_path / "run")
 
 
@@ -168,6 +169,6 @@ def test_pictures_of_another_size_are_refused():
 
 def test_a_run_without_a_single_pair_is_refused():
     arrays = {name: getattr(tiny_run(), name) for name in pairs.DTYPES}
-    per_frame = ("render", "alpha", "disparity", "target", "before", "after", "camera_to_world", "intrinsics")
+    per_frame = ("render", "alpha", "disparity", "warped", "target", "before", "after", "camera_to_world", "intrinsics")
     with pytest.raises(ValueError, match="at least one camera"):
         pairs.check_arrays({**arrays, **{name: arrays[name][:0] for name in per_frame}}, num_views=3)

@@ -24,6 +24,7 @@ def write_smooth_scene(root: Path, scene: str, seed: int) -> None:
         render=(target * 0.7).to(torch.uint8),
         alpha=torch.full((4, 1, HEIGHT, WIDTH), 180, dtype=torch.uint8),
         disparity=torch.full((4, 1, HEIGHT, WIDTH), 90, dtype=torch.uint8),
+        warped=torch.full((4, 8, HEIGHT, WIDTH), 120, dtype=torch.uint8),
         target=target,
         references=references,
         reference_disparity=torch.full((2, 1, HEIGHT, WIDTH), 90, dtype=torch.uint8),

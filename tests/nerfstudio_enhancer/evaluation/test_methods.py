@@ -38,8 +38,8 @@ def test_settings_of_one_method_leave_the_registered_ones_alone():
 
 def test_each_addition_can_be_left_out_by_itself():
     for kept, fields in (
-        ("background", ("depth_weight", "gaussian_dropout")),
-        ("depth", ("fill_background", "gaussian_dropout")),
+        ("background", ("depth_weight", "gaussian_dropout", "opacity_decay")),
+        ("depth", ("fill_background", "gaussian_dropout", "opacity_decay")),
         ("regularisation", ("fill_background", "depth_weight")),
     ):
         config, whole = method_config(), method_config()
@@ -49,7 +49,7 @@ def test_each_addition_can_be_left_out_by_itself():
         model, all_on = config.pipeline.model, whole.pipeline.model
         changed = {
             name
-            for name in ("fill_background", "depth_weight", "gaussian_dropout")
+            for name in ("fill_background", "depth_weight", "gaussian_dropout", "opacity_decay")
             if getattr(model, name) != getattr(all_on, name)
         }
         assert changed == set(fields)

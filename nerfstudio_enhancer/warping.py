@@ -1,0 +1,125 @@
+"""Reference photographs as another camera would see them, through the depth that the splats show there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor
+
+from diffusion_prior.types import WARP_CHANNELS
+from nerfstudio_enhancer.conventions import camera_to_world_opencv, world_to_camera_opencv
+from nerfstudio_enhancer.rendering import render_clip
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.model import EnhancerModel
+
+WARPED_REFERENCES = 2
+"""Photographs kept for each pixel, best first."""
+CANDIDATES = 4
+"""References nearest to a camera which are tried."""
+DEPTH_TOLERANCE = 0.05
+"""Relative difference between a point's depth in a reference and the depth shown there at which it counts half as seen."""
+SEEN = 0.5
+"""A reference that sees a pixel less well than this does not count."""
+TURN_WEIGHT = 1.0
+"""How much a turn of one radian counts against nearness, in mean distances between a camera and the references."""
+
+
+@dataclass(frozen=True)
+class WarpSources:
+    """Reference photographs with the splats' depth at each."""
+
+    photographs: list[Float[Tensor, "_h _w 3"]]
+    """sRGB in [0, 1]; sizes may differ."""
+    depths: list[Float[Tensor, "_h _w 1"]]
+    """Depth of the splats at the reference, along its optical axis, world units."""
+    cameras: Cameras
+    """Shape [k], of the photographs' sizes."""
+
+    @classmethod
+    def of(cls, model: EnhancerModel, photographs: Sequence[Tensor], cameras: Cameras) -> WarpSources:
+        """Render the splats' depth at every reference."""
+        rendered = [render_clip(model, cameras[i : i + 1].to(model.device)) for i in range(len(photographs))]
+        return cls([photograph.to(model.device) for photograph in photographs], [r.depth[0] for r in rendered], cameras)
+
+
+def warp_references(
+    depth: Float[Tensor, "t h w 1"],
+    alpha: Float[Tensor, "t h w 1"],
+    cameras: Cameras,
+    sources: WarpSources,
+) -> Float[Tensor, "t warps h w"]:
+    """What the references show of the surfaces that each camera sees.
+
+    Every pixel is put at its depth and looked up in the nearest references. A reference counts as seeing it where the splats
+    show the same depth from there. Where depth is right, the references agree with each other; where it is wrong,
+    they differ: either tells the prior something.
+
+    Args:
+        depth: of the splats at the cameras, along the optical axis, world units.
+        alpha: accumulated opacity in [0, 1].
+        cameras: shape [t], one size.
+        sources: reference photographs and the splats' depth there.
+
+    Returns:
+        `ConditionClip.warped`: for each of `WARPED_REFERENCES`, the nearest reference that sees the pixel first, r, g, b and seen.
+    """
+    return torch.stack([_warped(depth[i], alpha[i], cameras[i : i + 1], sources) for i in range(len(depth))])
+
+
+def _warped(depth: Tensor, alpha: Tensor, camera: Cameras, sources: WarpSources) -> Float[Tensor, "warps h w"]:
+    points = _world_points(depth, camera)
+    slots = depth.new_zeros(WARPED_REFERENCES, WARP_CHANNELS, *depth.shape[:2])
+    for index in nearest_references(camera, sources.cameras):
+        looked_up = _looked_up(points, index, sources)
+        looked_up[3] *= alpha[..., 0]
+        left = looked_up[3] > SEEN
+        for slot in slots:
+            takes = left & (slot[3] == 0)
+            slot.copy_(torch.where(takes, looked_up, slot))
+            left = left & ~takes
+    return slots.flatten(0, 1)
+
+
+def nearest_references(camera: Cameras, references: Cameras) -> list[int]:
+    """Indices of the references nearest to a camera (shape [1]) in place and viewing direction, at most `CANDIDATES`."""
+    own, theirs = camera.camera_to_worlds.cpu().double(), references.camera_to_worlds.cpu().double()
+    distance = (theirs[:, :, 3] - own[:, :, 3]).norm(dim=-1)
+    turn = torch.arccos((theirs[:, :, 2] * own[:, :, 2]).sum(-1).clamp(-1, 1))
+    cost = distance / distance.mean().clamp(min=1e-12) + TURN_WEIGHT * turn
+    return cost.argsort(stable=True)[:CANDIDATES].tolist()
+
+
+def _world_points(depth: Float[Tensor, "h w 1"], camera: Cameras) -> Float[Tensor, "h w 3"]:
+    height, width = depth.shape[:2]
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=depth.device) + 0.5, torch.arange(width, device=depth.device) + 0.5, indexing="ij"
+    )
+    fx, fy, cx, cy = (float(getattr(camera, name).item()) for name in ("fx", "fy", "cx", "cy"))
+    rays = torch.stack([(columns - cx) / fx, (rows - cy) / fy, torch.ones_like(rows)], dim=-1)
+    camera_to_world = camera_to_world_opencv(camera.camera_to_worlds.cpu())[0].to(depth)
+    return (rays * depth) @ camera_to_world[:3, :3].T + camera_to_world[:3, 3]
+
+
+def _looked_up(points: Float[Tensor, "h w 3"], index: int, sources: WarpSources) -> Float[Tensor, "4 h w"]:
+    """Colour of each point in one reference, and how well it is seen there."""
+    camera, photograph = sources.cameras[index : index + 1], sources.photographs[index]
+    world_to_camera = world_to_camera_opencv(camera.camera_to_worlds.cpu())[0].to(points)
+    there = points @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
+    fx, fy, cx, cy = (float(getattr(camera, name).item()) for name in ("fx", "fy", "cx", "cy"))
+    z = there[..., 2].clamp(min=1e-9)
+    height, width = photograph.shape[:2]
+    x, y = (fx * there[..., 0] / z + cx) / width * 2 - 1, (fy * there[..., 1] / z + cy) / height * 2 - 1
+    grid = torch.stack([x, y], dim=-1)[None]
+    images = torch.cat([photograph, sources.depths[index]], dim=-1).permute(2, 0, 1)[None]
+    colour, shown = F.grid_sample(images, grid, padding_mode="border", align_corners=False)[0].split([3, 1])
+    inside = (grid[0].abs().amax(-1) <= 1) & (there[..., 2] > 1e-9)
+    difference = (shown[0] - z).abs() / z / DEPTH_TOLERANCE
+    seen = inside / (1 + difference**2)
+    return torch.cat([colour, seen[None]])

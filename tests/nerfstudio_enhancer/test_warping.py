@@ -1,0 +1,72 @@
+"""References seen through rendered depth, on a plane and worked by hand."""
+
+import torch
+from nerfstudio.cameras.cameras import Cameras
+
+from nerfstudio_enhancer.warping import WARPED_REFERENCES, WarpSources, nearest_references, warp_references
+
+SIZE = 8
+DISTANCE = 2.0
+"""Of the wall z = -2 from cameras in the plane z = 0, which look along -z."""
+
+
+def cameras(*x: float) -> Cameras:
+    """Cameras side by side, looking at the wall; a pixel is 0.25 wide there (distance 2, focal length 8)."""
+    camera_to_world = torch.eye(4)[:3].repeat(len(x), 1, 1)
+    camera_to_world[:, 0, 3] = torch.tensor(x)
+    return Cameras(camera_to_world, fx=8.0, fy=8.0, cx=SIZE / 2, cy=SIZE / 2, width=SIZE, height=SIZE)
+
+
+def wall(*x: float, depth: float = DISTANCE) -> WarpSources:
+    photographs = [torch.rand(SIZE, SIZE, 3, generator=torch.Generator().manual_seed(i)) for i in range(len(x))]
+    return WarpSources(photographs, [torch.full((SIZE, SIZE, 1), depth) for _ in x], cameras(*x))
+
+
+def warped(x: float, sources: WarpSources, alpha: float = 1.0) -> torch.Tensor:
+    depth = torch.full((1, SIZE, SIZE, 1), DISTANCE)
+    return warp_references(depth, torch.full_like(depth, alpha), cameras(x), sources)[0].unflatten(0, (-1, 4))
+
+
+def test_a_reference_seen_from_its_own_place_is_its_photograph():
+    sources = wall(0.0)
+    first, second = warped(0.0, sources)
+    torch.testing.assert_close(first[:3], sources.photographs[0].permute(2, 0, 1))
+    torch.testing.assert_close(first[3], torch.ones(SIZE, SIZE))
+    assert not second.any()
+
+
+def test_a_camera_two_pixels_to_the_right_sees_the_photograph_two_pixels_to_the_left():
+    sources = wall(0.0)
+    first, _ = warped(0.5, sources)  # 0.5 / 0.25 = 2 pixels
+    photograph = sources.photographs[0].permute(2, 0, 1)
+    torch.testing.assert_close(first[:3, :, :-2], photograph[:, :, 2:])
+    assert not first[:, :, -2:].any()  # beyond the photograph's right side
+
+
+def test_the_nearest_reference_comes_first_and_the_next_fills_in():
+    sources = wall(0.0, 0.75)
+    first, second = warped(0.5, sources)  # 1 pixel from the second reference, 2 from the first
+    torch.testing.assert_close(first[:3, :, 1:], sources.photographs[1].permute(2, 0, 1)[:, :, :-1])
+    torch.testing.assert_close(first[:3, :, 0], sources.photographs[0].permute(2, 0, 1)[:, :, 2])
+    torch.testing.assert_close(second[:3, :, 1:-2], sources.photographs[0].permute(2, 0, 1)[:, :, 3:])
+    assert nearest_references(cameras(0.5), sources.cameras) == [1, 0]
+
+
+def test_what_the_reference_sees_something_else_in_front_of_is_not_seen():
+    assert not warped(0.0, wall(0.0, depth=DISTANCE / 2)).any()
+
+
+def test_a_difference_of_depth_within_tolerance_counts_in_part():
+    first, _ = warped(0.0, wall(0.0, depth=DISTANCE * 1.025))
+    # 2.5 % of 5 % is half the tolerance: 1 / (1 + 0.5^2)
+    torch.testing.assert_close(first[3], torch.full((SIZE, SIZE), 0.8), atol=1e-4, rtol=0)
+
+
+def test_holes_of_the_splats_are_seen_by_no_reference():
+    assert not warped(0.0, wall(0.0), alpha=0.2).any()
+
+
+def test_only_the_nearest_candidates_are_tried():
+    sources = wall(*(0.25 * i for i in range(8)))
+    assert nearest_references(cameras(0.0), sources.cameras) == [0, 1, 2, 3]
+    assert warped(0.0, sources).shape == (WARPED_REFERENCES, 4, SIZE, SIZE)
