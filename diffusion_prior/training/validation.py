@@ -23,7 +23,11 @@ SHEET_ROWS = 8
 def condition_clip(clip: ClipBatch) -> ConditionClip:
     """The condition of a batch of one clip."""
     return ConditionClip(
-        rgb=to_float(clip.rgb[0]), alpha=to_float(clip.alpha[0]), disparity=to_float(clip.disparity[0])
+        rgb=to_float(clip.rgb[0]),
+        alpha=to_float(clip.alpha[0]),
+        disparity=to_float(clip.disparity[0]),
+        camera_to_world=clip.camera_to_world[0],
+        fov_x_rad=float(clip.fov_x_rad[0]),
     )
 
 

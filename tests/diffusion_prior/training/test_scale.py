@@ -332,7 +332,8 @@ def _made(folder):
 def test_batches_from_shards_depend_on_their_number_alone(packed):
     one, other = clips_of(packed), clips_of(packed, kept=1)
     for number in (3, 0, 3, 1):
-        assert torch.equal(one[number].rgb, other[number].rgb)
+        for name in ("rgb", "camera_to_world", "fov_x_rad"):
+            assert torch.equal(getattr(one[number], name), getattr(other[number], name))
     assert not torch.equal(one[0].rgb, one[2].rgb)
 
 
