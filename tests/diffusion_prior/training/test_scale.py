@@ -10,9 +10,11 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from svd_folders import tiny_unet, write_svd_folder
 from torch import nn
 
@@ -20,7 +22,7 @@ from diffusion_prior.checkpoints import load_prior, read_prior
 from diffusion_prior.data.clips import ClipConfig
 from diffusion_prior.data.pairs import find_runs
 from diffusion_prior.full_size import full_size_prior
-from diffusion_prior.training import shards, train_ldm
+from diffusion_prior.training import loop, shards, train_ldm
 from diffusion_prior.training.config import ScaleConfig, TrainingConfig
 from diffusion_prior.training.loop import (
     Losses,
@@ -294,6 +296,14 @@ def test_eight_bit_adam_is_used_when_it_is_installed_and_named_when_it_is_not(tm
     assert make_optimizer(parameters, config).param_groups[0]["weight_decay"] == config.weight_decay
 
 
+def test_the_launch_configurations_that_are_shipped_are_accelerates():
+    folder = Path(loop.__file__).parent / "accelerate"
+    read = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert set(read) == {"several_gpus", "several_machines", "fsdp"}
+    assert all(config.distributed_type == "MULTI_GPU" for config in read.values())
+    assert read["several_machines"].num_machines > 1
+
+
 def test_accelerates_own_fsdp_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"--scale\.sharding True"):
@@ -374,8 +384,6 @@ def test_a_checkpoint_from_before_batches_were_counted_is_read(pairs, tiny_prior
     content = torch.load(together / "checkpoint.pt", weights_only=True)
     del content["batches_per_step"]
     torch.save(content, together / "old.pt")
-    from diffusion_prior.training import loop
-
     prior = load_prior(str(tiny_prior), "cpu", torch.float32)
     task = train_ldm.LdmTask(ldm(pairs, tiny_prior, together), prior)
     started = loop._start(task.losses, task.config)
