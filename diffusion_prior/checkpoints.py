@@ -3,8 +3,8 @@
     model_index.json  prior_config.json  vae/  unet/  image_encoder/  std/  scheduler/  feature_extractor/
 
 A folder without `prior_config.json` is taken for a Stable Video Diffusion pipeline, or for one of 3DGS-Enhancer's authors
-(layouts A and B of the UNet, told apart by their tensors). It needs no `std/`: its STD is the untrained one, which equals the
-stock decoder. A folder that holds a UNet alone (a training's `checkpoint-N/`, or its `unet/`) takes the other parts from
+(layouts A and B of the UNet, told apart by their tensors). No folder needs `std/`: without it the STD is the untrained one, which
+equals the stock decoder. A folder that holds a UNet alone (a training's `checkpoint-N/`, or its `unet/`) takes the other parts from
 Stable Video Diffusion, or from the prior named behind an `@`: `runs/checkpoint-80000@/models/svd-xt`.
 """
 
@@ -79,7 +79,13 @@ class PriorFolders:
     @property
     def needed(self) -> list[str]:
         """Parts without which there is no prior."""
-        return ["vae", "unet", "image_encoder", "std" if self.ours else "scheduler"]
+        parts = {"vae": True, "unet": True, "image_encoder": True, "std": self.has_std, "scheduler": not self.ours}
+        return [part for part, needed in parts.items() if needed]
+
+    @property
+    def has_std(self) -> bool:
+        """Whether there is a trained decoder; without one the VAE's own is used."""
+        return (self.folder / "std").is_dir()
 
 
 def load_prior(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> VideoPrior:
@@ -198,11 +204,12 @@ def read_prior(folder: Path, unet_folder: Path | None = None) -> VideoPrior:
     vae = _read_diffusers(AutoencoderKLTemporalDecoder, folder / "vae")
     unet = read_unet(folders.unet)
     config = read_config(folder / CONFIG_FILE) if folders.ours else config_of_svd(scheduler, unet)
-    std = (
-        _read_diffusers(SpatialTemporalDecoder, folder / "std")
-        if (folder / "std").is_dir()
-        else SpatialTemporalDecoder.from_vae(vae, config.patch_size)
-    )
+    if folders.has_std:
+        std = _read_diffusers(SpatialTemporalDecoder, folder / "std")
+    else:
+        std = SpatialTemporalDecoder.from_vae(vae, config.patch_size)
+        if folders.ours:
+            logger.warning("prior folder %r has no std/: frames are decoded as the VAE alone would.", str(folder))
     return VideoPrior(
         vae=vae,
         unet=unet,

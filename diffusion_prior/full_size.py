@@ -1,4 +1,4 @@
-"""The prior at the paper's size, Stable Video Diffusion's networks, without weights: for counting and planning."""
+"""The prior at the paper's size, Stable Video Diffusion's networks, without weights or with random ones: for counting, planning and timing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.unet import SpatioTemporalUNet
 
 
-def full_size_prior(layout: Literal["A", "B"] = "B", dtype: torch.dtype = torch.float16) -> VideoPrior:
-    """A prior on the meta device whose networks are those of stable-video-diffusion-img2vid-xt.
+def full_size_prior(
+    layout: Literal["A", "B"] = "B", dtype: torch.dtype = torch.float16, device: torch.device | str = "meta"
+) -> VideoPrior:
+    """A prior whose networks are those of stable-video-diffusion-img2vid-xt.
 
     Args:
         layout: of the UNet: B is Stable Video Diffusion's, A the authors' pose-conditioned one.
         dtype: of the weights; the VAE's stay in float32 where these are in float16.
+        device: where it is built, in float32 at first (9.3 GB); on the meta device it has no weights, elsewhere random ones.
     """
-    with torch.device("meta"):
+    with torch.device(device):
         vae = AutoencoderKLTemporalDecoder(
             down_block_types=("DownEncoderBlock2D",) * 4,  # pyright: ignore[reportArgumentType]  # diffusers: tuple[str]
             block_out_channels=(128, 256, 512, 512),  # pyright: ignore[reportArgumentType]  # diffusers: tuple[int]
@@ -43,4 +46,4 @@ def full_size_prior(layout: Literal["A", "B"] = "B", dtype: torch.dtype = torch.
     config = PriorConfig()
     if layout == "A":
         config = dataclasses.replace(config, num_frames=26)
-    return VideoPrior(vae, unet, image_encoder, std, config).to("meta", dtype)
+    return VideoPrior(vae, unet, image_encoder, std, config).to(device, dtype)

@@ -296,10 +296,7 @@ class VideoPrior:
         conditional = denoise(self.unet, *arguments, told)[0]
         if not self.effective_config.uses_guidance:
             return conditional
-        untold = told.unconditional()
-        if not self.config.unconditional_micro:
-            untold = replace(untold, micro=torch.zeros_like(untold.micro))
-        return guide(conditional, denoise(self.unet, *arguments, untold)[0], guidance)
+        return guide(conditional, denoise(self.unet, *arguments, self.unconditional(told))[0], guidance)
 
     @torch.no_grad()
     def decode(self, latents: Float[Tensor, "t c h2 w2"], clip: ConditionClip) -> Float[Tensor, "t 3 h w"]:
@@ -336,14 +333,9 @@ class VideoPrior:
         if config.noise_augmentation > 0:
             noise = torch.randn(rgb.shape, generator=generator, device=generator.device).to(rgb)
             noised = rgb + config.noise_augmentation / 2 * noise  # half of it: [0, 1] is half as wide as [-1, 1]
-        fps = config.fps if config.subtract_one_from_fps else config.fps + 1  # one is taken off in there
-        micro = micro_conditions(fps, config.motion_bucket, config.noise_augmentation, 1, self.device)
-        if self.unet.layout == "A":
-            if clip.camera_to_world is None or clip.fov_x_rad is None:
-                raise ValueError("this prior is conditioned on poses: give the clip `camera_to_world` and `fov_x_rad`.")
-            poses = clip.camera_to_world.to(micro)
-            poses = misread_poses(poses) if config.misread_quaternions else poses
-            micro = pose_conditions(poses, clip.fov_x_rad, micro[0])[None]
+        poses = None if clip.camera_to_world is None else clip.camera_to_world[None]
+        fov = None if clip.fov_x_rad is None else torch.tensor([clip.fov_x_rad])
+        micro = self.micro(1, poses, fov)
         with self._resident("vae"):
             latents = torch.cat([encode_frames(self.vae, frame[None], config.patch_size) for frame in noised])
         with self._resident("image_encoder"):
@@ -356,6 +348,42 @@ class VideoPrior:
             embeddings=embeddings,
             micro=micro,
         )
+
+    def micro(
+        self,
+        count: int,
+        camera_to_world: Float[Tensor, "b t 3 4"] | None = None,
+        fov_x_rad: Float[Tensor, " b"] | None = None,
+    ) -> Float[Tensor, "b *f m"]:
+        """The numbers that this prior's UNet is told beside the frames: [b 3] in layout B, [b t 22] in layout A.
+
+        Args:
+            count: how many clips, b.
+            camera_to_world: rigid poses, OpenCV axes; only layout A reads them.
+            fov_x_rad: horizontal field of view in radians; only layout A reads it.
+
+        Raises:
+            ValueError: layout A without poses or field of view.
+        """
+        config = self.config
+        fps = config.fps if config.subtract_one_from_fps else config.fps + 1  # one is taken off in there
+        micro = micro_conditions(fps, config.motion_bucket, config.noise_augmentation, count, self.device)
+        if self.unet.layout == "B":
+            return micro
+        if camera_to_world is None or fov_x_rad is None:
+            raise ValueError("this prior is conditioned on poses: give the clip `camera_to_world` and `fov_x_rad`.")
+        # bfloat16 has three digits: products of poses are kept out of a training's autocast
+        with torch.autocast(self.device.type, enabled=False):
+            told = [
+                pose_conditions(misread_poses(poses) if config.misread_quaternions else poses, fov, micro[0])
+                for poses, fov in zip(camera_to_world.to(micro), fov_x_rad.tolist(), strict=True)
+            ]
+        return torch.stack(told)
+
+    def unconditional(self, condition: LatentCondition) -> LatentCondition:
+        """The other branch of this prior's classifier-free guidance, see `PriorConfig.unconditional_micro`."""
+        untold = condition.unconditional()
+        return untold if self.config.unconditional_micro else replace(untold, micro=torch.zeros_like(untold.micro))
 
     def extras(
         self, alpha: Float[Tensor, "*b 1 h w"], disparity: Float[Tensor, "*b 1 h w"]

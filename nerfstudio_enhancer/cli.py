@@ -62,12 +62,40 @@ class PlanPrior:
     """GPUs that train together, each with one clip a step."""
 
 
+@dataclass(frozen=True)
+class TimePrior:
+    """Measure what one clip takes on this machine: seconds a frame and peak memory.
+
+    Without a name the networks are the full-size ones with random weights, which take as long as trained ones.
+    """
+
+    path: Annotated[str | None, tyro.conf.Positional] = None
+    """A prior, named as for `inspect-prior`."""
+    layout: Literal["A", "B"] = "B"
+    """Of the full-size networks. B: Stable Video Diffusion's UNet (the paper). A: the authors' pose-conditioned one."""
+    frames: int = 25
+    """Frames of the clip, both references included."""
+    height: int = 512
+    """Of the frames, in pixels."""
+    width: int = 512
+    """Of the frames, in pixels."""
+    steps: int | None = None
+    """Sampling steps; the prior's own by default (25 at full size)."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Arithmetic of the networks; auto takes the fastest that the device is good at."""
+    memory: Literal["all", "8gb", "12gb", "16gb", "24gb", "80gb"] = "all"
+    """Memory preset."""
+    repeats: int = 3
+    """Measured times, after one that is not measured."""
+
+
 COMMANDS = {
     "benchmark": Benchmark,
     "make-pairs": MakePairs,
     "bench-rasterizer": BenchRasterizer,
     "inspect-prior": InspectPrior,
     "plan-prior": PlanPrior,
+    "time-prior": TimePrior,
 }
 
 
@@ -97,6 +125,7 @@ def _run(command: object) -> None:
         BenchRasterizer: _bench_rasterizer,
         InspectPrior: _inspect_prior,
         PlanPrior: _plan_prior,
+        TimePrior: _time_prior,
     }
     runners[type(command)](command)
 
@@ -132,3 +161,29 @@ def _plan_prior(command: PlanPrior) -> None:
     from diffusion_prior.plan import Plan, describe
 
     print(describe(Plan(**vars(command))))
+
+
+def _time_prior(command: TimePrior) -> None:
+    import torch
+
+    from diffusion_prior.checkpoints import load_prior
+    from diffusion_prior.full_size import full_size_prior
+    from diffusion_prior.memory import PRESETS
+    from diffusion_prior.prior import fast_dtype
+    from diffusion_prior.runner import DTYPES
+    from diffusion_prior.sampling_config import SamplingConfig
+    from diffusion_prior.timing import time_clip
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = fast_dtype(device) if command.precision == "auto" else DTYPES[command.precision]
+    preset = PRESETS[command.memory]
+    if command.path is None:
+        prior = full_size_prior(command.layout, dtype, "cpu" if preset.offload else device).eval()
+    else:
+        prior = load_prior(command.path, "cpu", dtype)
+    prior.sampling = SamplingConfig(steps=command.steps)
+    prior.use_memory_preset(preset)
+    prior.to(device)
+    timing = time_clip(prior, command.frames, command.height, command.width, command.repeats)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    print(f"Measured on {name}, {command.width} x {command.height}, {dtype}, memory preset {command.memory}.\n{timing}")

@@ -1,4 +1,4 @@
-"""Axes and layouts: the only place that turns OpenGL into OpenCV cameras and channels-last into channels-first images.
+"""Axes and layouts: the only place of the plugin that turns OpenGL into OpenCV cameras and channels-last into channels-first images.
 
 nerfstudio keeps camera-to-world matrices with OpenGL axes (x right, y up, z backward) and images as [t h w c].
 Rasteriser, stereo and video prior want world-to-camera matrices with OpenCV axes (x right, y down, z forward) and
@@ -9,6 +9,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Shaped
 from torch import Tensor
+
+from diffusion_prior.axes import flip_camera_axes
 
 
 def as_4x4(transform: Shaped[Tensor, "*b r 4"]) -> Shaped[Tensor, "*b 4 4"]:
@@ -28,17 +30,17 @@ def as_4x4(transform: Shaped[Tensor, "*b r 4"]) -> Shaped[Tensor, "*b 4 4"]:
 
 def world_to_camera_opencv(camera_to_world: Shaped[Tensor, "*b r 4"]) -> Shaped[Tensor, "*b 4 4"]:
     """OpenCV world-to-camera (viewmat) of an OpenGL camera-to-world, which must be rigid (3x4 or 4x4)."""
-    return _rigid_inverse(_flip_camera_axes(as_4x4(camera_to_world)))
+    return _rigid_inverse(flip_camera_axes(as_4x4(camera_to_world)))
 
 
 def camera_to_world_opengl(world_to_camera: Shaped[Tensor, "*b r 4"]) -> Shaped[Tensor, "*b 4 4"]:
     """OpenGL camera-to-world of an OpenCV world-to-camera (viewmat): the inverse of `world_to_camera_opencv`."""
-    return _flip_camera_axes(_rigid_inverse(as_4x4(world_to_camera)))
+    return flip_camera_axes(_rigid_inverse(as_4x4(world_to_camera)))
 
 
 def camera_to_world_opencv(camera_to_world: Shaped[Tensor, "*b r 4"]) -> Shaped[Tensor, "*b 4 4"]:
     """The same camera-to-world with OpenCV axes instead of OpenGL axes; its own inverse."""
-    return _flip_camera_axes(as_4x4(camera_to_world))
+    return flip_camera_axes(as_4x4(camera_to_world))
 
 
 def to_channels_first(images: Shaped[Tensor, "*t h w c"]) -> Shaped[Tensor, "*t c h w"]:
@@ -49,11 +51,6 @@ def to_channels_first(images: Shaped[Tensor, "*t h w c"]) -> Shaped[Tensor, "*t 
 def to_channels_last(images: Shaped[Tensor, "*t c h w"]) -> Shaped[Tensor, "*t h w c"]:
     """The video prior's image layout [t c h w] to nerfstudio's, [t h w c]."""
     return rearrange(images, "... c h w -> ... h w c")
-
-
-def _flip_camera_axes(camera_to_world: Shaped[Tensor, "*b 4 4"]) -> Shaped[Tensor, "*b 4 4"]:
-    """Turn the camera by half a turn about its x axis: OpenGL <-> OpenCV."""
-    return camera_to_world * camera_to_world.new_tensor([1, -1, -1, 1])
 
 
 def _rigid_inverse(transform: Shaped[Tensor, "*b 4 4"]) -> Shaped[Tensor, "*b 4 4"]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from diffusion_prior.axes import flip_camera_axes
 from diffusion_prior.data.pairs import RunHeader, find_runs, read_header, read_rows
 from diffusion_prior.types import WARP_CHANNELS
 
@@ -51,6 +52,11 @@ class ClipBatch:
     """Photographs of all frames."""
     thumbnail: UInt8[Tensor, "b t 3 s s"]
     """`rgb` as whole frames before any crop, squeezed into a small square: what the image encoder looks at."""
+    camera_to_world: Float32[Tensor, "b t 3 4"]
+    """OpenCV axes, the scene's world units; stored with OpenGL axes and turned by `read_cameras`."""
+    fov_x_rad: Float32[Tensor, " b"]
+    """Horizontal field of view of the (cropped) pictures in radians, 2 atan(width / (2 fx)): where a crop lies in its picture
+    is not in it."""
 
 
 @dataclass
@@ -201,7 +207,23 @@ def read_clip(gap: Gap, frames: Sequence[int]) -> ClipBatch:
         torch.cat([first, rows["target"], last]),
         thumbnails(rgb),
     )
-    return ClipBatch(*(rearrange(frames_of, "t c h w -> 1 t c h w") for frames_of in clip))
+    camera_to_world, fov_x_rad = read_cameras(gap, frames)
+    return ClipBatch(
+        *(rearrange(frames_of, "t c h w -> 1 t c h w") for frames_of in clip),
+        camera_to_world=camera_to_world,
+        fov_x_rad=fov_x_rad,
+    )
+
+
+def read_cameras(gap: Gap, frames: Sequence[int]) -> tuple[Float32[Tensor, "1 t 3 4"], Float32[Tensor, " 1"]]:
+    """Camera-to-world matrices (OpenCV axes) of the frames of `read_clip`, and the first render's horizontal field of view."""
+    ends = [gap.before, gap.after]
+    wanted = {"camera_to_world": frames, "reference_camera_to_world": ends, "intrinsics": frames[:1]}
+    rows = read_rows(gap.header.folder, wanted)
+    first, last = rows["reference_camera_to_world"].split(1)
+    poses = flip_camera_axes(torch.cat([first, rows["camera_to_world"], last]))
+    fx = rows["intrinsics"][:, 0]
+    return rearrange(poses, "t i j -> 1 t i j"), 2 * torch.atan(gap.header.width / (2 * fx))
 
 
 def _warped_onto_itself(reference: UInt8[Tensor, "1 3 h w"], like: UInt8[Tensor, "t warps h w"]) -> Tensor:
@@ -246,9 +268,25 @@ def crop_size(header: RunHeader, config: ClipConfig) -> tuple[int, int]:
 
 
 def cut(clip: ClipBatch, size: tuple[int, int], top: int, left: int) -> ClipBatch:
-    """The rectangle of a size at an offset, the same in every frame; thumbnails stay whole."""
+    """The rectangle of a size at an offset, the same in every frame, and its field of view; thumbnails stay whole."""
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
-    return _changed(clip, PICTURES, lambda frames: frames[..., rows, columns])
+    fov = 2 * torch.atan(torch.tan(clip.fov_x_rad / 2) * size[1] / clip.rgb.shape[-1])
+    return replace(_changed(clip, PICTURES, lambda frames: frames[..., rows, columns]), fov_x_rad=fov)
+
+
+def mirror(clip: ClipBatch) -> ClipBatch:
+    """Left and right exchanged, in pictures and poses: what cameras see of the scene's mirror image."""
+    mirrored = _changed(clip, (*PICTURES, "thumbnail"), lambda frames: frames.flip(-1))
+    return replace(mirrored, camera_to_world=mirror_poses(clip.camera_to_world))
+
+
+def mirror_poses(camera_to_world: Float[Tensor, "*b 3 4"]) -> Float[Tensor, "*b 3 4"]:
+    """Poses of cameras that see of the mirrored world (x -> -x) what the given ones see of the world, mirrored.
+
+    S [R | t] S with S = diag(-1, 1, 1): world and camera are both reflected, so that R stays a rotation. Poses relative to
+    each other do not depend on which plane of the world is the mirror.
+    """
+    return camera_to_world * camera_to_world.new_tensor([[1, -1, -1, -1], [-1, 1, 1, 1], [-1, 1, 1, 1]])
 
 
 def augment(clip: ClipBatch, size: tuple[int, int], config: ClipConfig, generator: torch.Generator) -> ClipBatch:
@@ -259,9 +297,9 @@ def augment(clip: ClipBatch, size: tuple[int, int], config: ClipConfig, generato
     top, left = _below(height - size[0] + 1, generator), _below(width - size[1] + 1, generator)
     clip = cut(clip, size, top, left)
     if config.flip and _below(2, generator):
-        clip = _changed(clip, (*PICTURES, "thumbnail"), lambda frames: frames.flip(-1))
+        clip = mirror(clip)
     if config.swap_references and _below(2, generator):
-        clip = _changed(clip, (*PICTURES, "thumbnail"), lambda frames: frames.flip(1))
+        clip = _changed(clip, (*PICTURES, "thumbnail", "camera_to_world"), lambda frames: frames.flip(1))
     if config.permute_channels and _below(2, generator):
         order = torch.randperm(3, generator=generator)
         clip = _changed(clip, ("rgb", "target", "thumbnail"), lambda frames: frames[:, :, order])
@@ -285,7 +323,10 @@ def with_good_patches(clip: ClipBatch, generator: torch.Generator) -> ClipBatch:
 def collate(clips: Sequence[ClipBatch]) -> ClipBatch:
     """Clips of one size as one batch."""
     return ClipBatch(
-        **{name: torch.cat([getattr(clip, name) for clip in clips]).contiguous() for name in (*PICTURES, "thumbnail")}
+        **{
+            entry.name: torch.cat([getattr(clip, entry.name) for clip in clips]).contiguous()
+            for entry in fields(ClipBatch)
+        }
     )
 
 

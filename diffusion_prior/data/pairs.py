@@ -1,7 +1,8 @@
 """Paired-data format, version 2: one folder per run of sparse splats.
 
 `<root>/<scene>/k<kk>_s<seed>_n<steps>/` holds `meta.json` (who made it, shapes, checksum) and `frames.safetensors` (the arrays of `PairRun`
-under their field names). Pictures are stored as 8-bit, so a frame of 320 x 240 pixels takes 1.2 MB and can be read by itself.
+under their field names). Pictures are stored as 8-bit, so a frame of 320 x 240 pixels takes 1.2 MB and can be read by itself. Poses keep
+the OpenGL axes of the scenes that they come from; `clips.read_cameras` turns them.
 """
 
 from __future__ import annotations

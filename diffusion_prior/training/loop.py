@@ -30,7 +30,7 @@ from diffusion_prior.data.clips import ClipBatch, ClipDataset, step_generator
 from diffusion_prior.prior import VideoPrior, fast_dtype
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
-from diffusion_prior.training.sharding import gathered, make_whole, shard, split_like, split_optimizer, whole
+from diffusion_prior.training.sharding import fit_optimizer, gathered, make_whole, shard, split_like, whole
 from diffusion_prior.training.shards import ShardedClips
 
 CHECKPOINT_NAME = "checkpoint.pt"
@@ -263,7 +263,7 @@ def load_checkpoint(path: Path, state: State) -> None:
             average.copy_(split_like(content["average"][name], average))
     for name, optimizer in state.optimizers.items():
         optimizer.load_state_dict(content["optimizers"][name])
-        split_optimizer(optimizer)
+        fit_optimizer(optimizer)
     state.progress = Progress(**content["progress"])
     state.batches_per_step = content.get("batches_per_step")
 

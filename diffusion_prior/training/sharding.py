@@ -52,12 +52,17 @@ def split_like(value: Tensor, like: Tensor) -> Tensor:
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
 
 
-def split_optimizer(optimizer: torch.optim.Optimizer) -> None:
-    """Split the states of an optimiser, as a checkpoint holds them, like their parameters."""
+def fit_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    """Split the states of an optimiser, as a checkpoint holds them, like their parameters, and order them so in memory.
+
+    The fused optimiser goes through parameter and states in the order of their bytes, whatever their strides. Whole
+    networks keep kernels channels-last, split ones do not: a state from the one would meet the wrong weights of the other.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = split_like(value, parameter)
+                fitting = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False)
+                state[name] = fitting.copy_(split_like(value, parameter))
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import tyro
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_prior.conditioning import LatentCondition, embed_frames, encode_frames, micro_conditions
+from diffusion_prior.conditioning import LatentCondition, embed_frames, encode_frames
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_float
 from diffusion_prior.noise import add_noise, lognormal_sigmas
 from diffusion_prior.prior import VideoPrior, denoise
@@ -81,7 +81,7 @@ def batch_condition(prior: VideoPrior, batch: ClipBatch, generator: torch.Genera
         latents=latents,
         extra=prior.extras(alpha, disparity),
         embeddings=embed_frames(prior.image_encoder, to_float(batch.thumbnail)),
-        micro=micro_conditions(config.fps, config.motion_bucket, config.noise_augmentation, rgb.shape[0], rgb.device),
+        micro=prior.micro(rgb.shape[0], batch.camera_to_world, batch.fov_x_rad),
     )
 
 
@@ -129,10 +129,6 @@ class LdmTask(Task):
     name = "ldm"
 
     def __init__(self, config: LdmConfig, prior: VideoPrior) -> None:
-        if prior.unet.layout == "A":
-            raise ValueError(
-                "train_ldm trains UNets without pose embedding; the given prior has one. Start from another one."
-            )
         self.config = config
         self.prior = prior
         choose_trainable(prior, config.scale, config.seed)

@@ -76,7 +76,7 @@ def sample_batch(prior: VideoPrior, batch: ClipBatch, generator: torch.Generator
         conditional = denoise(prior.unet, noisy, sigmas, condition)
         if not config.uses_guidance:
             return conditional
-        return guide(conditional, denoise(prior.unet, noisy, sigmas, condition.unconditional()), guidance)
+        return guide(conditional, denoise(prior.unet, noisy, sigmas, prior.unconditional(condition)), guidance)
 
     sigmas = karras_sigmas(config.num_inference_steps, config.sigma_min, config.sigma_max)
     return sample_euler(denoise_batch, noise, sigmas) / prior.latent_scale

@@ -27,6 +27,8 @@ def condition_clip(clip: ClipBatch) -> ConditionClip:
         alpha=to_float(clip.alpha[0]),
         disparity=to_float(clip.disparity[0]),
         warped=to_float(clip.warped[0]),
+        camera_to_world=clip.camera_to_world[0],
+        fov_x_rad=float(clip.fov_x_rad[0]),
     )
 
 

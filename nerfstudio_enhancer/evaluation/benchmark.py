@@ -18,6 +18,7 @@ from nerfstudio_enhancer.evaluation.methods import METHODS
 from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import benchmark_tables
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
+from nerfstudio_enhancer.scene.splits import SplitRule
 
 TABLE_FILE = "table.md"
 SHEETS_FOLDER = "sheets"
@@ -37,6 +38,25 @@ class Scale:
 
     steps: int | None
     max_image_size: int | None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Which photographs are references and test views, and where they lie; as the flags of `Benchmark`."""
+
+    split_rule: SplitRule = "references-first"
+    split_files: str | None = None
+    image_folder: str | None = None
+
+    def split_file(self, scene: str, views: int) -> Path | None:
+        """The list of one scene and number of views; None where a rule splits."""
+        return None if self.split_files is None else Path(self.split_files.format(scene=scene, views=views))
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """What differs from the paper's protocol on a scene's own photographs."""
+        usual = vars(Protocol())
+        return {name: value for name, value in vars(self).items() if value != usual[name]}
 
 
 PRESETS: dict[Preset, Scale] = {"quick": Scale(steps=1200, max_image_size=320), "default": Scale(None, None)}
@@ -71,6 +91,14 @@ class Benchmark:
     """Longest image side in pixels instead of the preset's."""
     prior: str = "bundled"
     """Prior of the method 3dgs-enhancer: bundled, a folder, or a hub name."""
+    split_rule: SplitRule = "references-first"
+    """references-first: k references, then every 8th of the rest is a test view (3DGS-Enhancer). test-first: every 8th
+    photograph is a test view, then k references among the others (Mip-NeRF 360)."""
+    split_files: str | None = None
+    """Where JSON lists of references and test views lie, with `{scene}` and `{views}` for what they belong to, such as
+    `lists/{scene}/train_test_split_{views}.json` (ReconFusion); instead of the rule."""
+    image_folder: str | None = None
+    """Folder of photographs inside every scene, such as `images_4`."""
     redo: tuple[str, ...] = ()
     """Methods whose cells are run again although they are done, for example after training another prior."""
     jobs: int | None = None
@@ -107,6 +135,7 @@ class CellSettings:
     output: Path
     scale: Scale
     prior: str
+    protocol: Protocol = Protocol()
 
 
 Runner = Callable[[Cell, CellSettings], dict[str, Any]]
@@ -130,7 +159,7 @@ def run_benchmark(benchmark: Benchmark) -> Results:
     results.drop({cell.key for cell in cells if cell.method in benchmark.redo})
     missing = [cell for cell in cells if not results.has(cell.key)]
     CONSOLE.print(f"{len(cells)} cells, {len(cells) - len(missing)} of them done already.")
-    _run(missing, results, CellSettings(benchmark.output, scale, benchmark.prior), benchmark.jobs)
+    _run(missing, results, CellSettings(benchmark.output, scale, benchmark.prior, _protocol(benchmark)), benchmark.jobs)
     _write(results, benchmark.output)
     if results.failures:
         first = results.failures[0]
@@ -146,7 +175,7 @@ def plan_cells(benchmark: Benchmark) -> list[Cell]:
     """All cells of a benchmark, those of one place together.
 
     Raises:
-        FileNotFoundError: if a scene's folder is missing.
+        FileNotFoundError: if a scene's folder or its list of views is missing.
         ValueError: for an unknown method, no scene, or scenes of the same name.
     """
     unknown = [method for method in (*benchmark.methods, *benchmark.redo) if method not in METHODS]
@@ -158,6 +187,10 @@ def plan_cells(benchmark: Benchmark) -> list[Cell]:
     for data in benchmark.data:
         if not data.exists():
             raise FileNotFoundError(f"there is no scene at {data}.")
+    for name, views in itertools.product(names, benchmark.views):
+        split_file = _protocol(benchmark).split_file(name, views)
+        if split_file is not None and not split_file.is_file():
+            raise FileNotFoundError(f"there is no list of views at {split_file}.")
     methods = [method for method in METHODS if method in benchmark.methods]
     return [
         Cell(data, views, seed, method)
@@ -170,12 +203,17 @@ def _scale(benchmark: Benchmark) -> Scale:
     return Scale(benchmark.steps or preset.steps, benchmark.max_image_size or preset.max_image_size)
 
 
+def _protocol(benchmark: Benchmark) -> Protocol:
+    return Protocol(benchmark.split_rule, benchmark.split_files, benchmark.image_folder)
+
+
 def _settings(benchmark: Benchmark, scale: Scale) -> dict[str, Any]:
     return {
         "preset": benchmark.preset,
         "steps": scale.steps,
         "max_image_size": scale.max_image_size,
         "prior": benchmark.prior,
+        **_protocol(benchmark).unusual,
     }
 
 

@@ -46,7 +46,10 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     with_seed_points(config, method.seed_points)
     datamanager, dataparser = datamanager_of(config), dataparser_of(config)
     config.data = datamanager.data = cell.data
-    dataparser.num_views = cell.views
+    dataparser.split_rule = settings.protocol.split_rule
+    dataparser.split_file = settings.protocol.split_file(cell.scene, cell.views)
+    dataparser.image_folder = settings.protocol.image_folder
+    dataparser.num_views = cell.views if dataparser.split_file is None else None
     dataparser.seed = cell.seed
     config.machine.seed = cell.seed
     if settings.scale.max_image_size is not None:

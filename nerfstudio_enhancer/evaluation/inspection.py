@@ -57,7 +57,7 @@ def inspect_prior(name: str) -> PriorReport:
         except (ValueError, FileNotFoundError) as error:
             faults.append(f"{part}/: {error}")
     lines = [_where(folders), *_table(reports), *_settings(folders, faults)]
-    if "std" not in present and not folders.ours:
+    if not folders.has_std:
         lines.append("std/ is missing, which is no fault: the untrained decoder is used, which equals the VAE's own")
     lines += [f"note: {note}" for report in reports.values() for note in report.notes]
     lines += [f"FAULT {fault}" for fault in faults]

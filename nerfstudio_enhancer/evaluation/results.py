@@ -61,10 +61,11 @@ def load_results(folder: Path, settings: dict[str, Any]) -> Results:
         raise ValueError(
             f"{path} is no results file of the benchmark ({error}); move it away or choose another `--output`."
         ) from error
-    differing = [name for name in settings if results.settings.get(name) != settings[name]]
+    names = dict.fromkeys((*settings, *results.settings))
+    differing = [name for name in names if results.settings.get(name) != settings.get(name)]
     if differing:
         told = ", ".join(
-            f"{name} = {results.settings.get(name)!r} there and {settings[name]!r} now" for name in differing
+            f"{name} = {results.settings.get(name)!r} there and {settings.get(name)!r} now" for name in differing
         )
         raise ValueError(f"{path} holds cells of other settings: {told}. Choose another `--output`.")
     return results

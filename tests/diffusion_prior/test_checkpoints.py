@@ -149,10 +149,26 @@ def test_a_package_without_bundled_weights_says_so(tmp_path, monkeypatch):
         load_prior("bundled", "cpu")
 
 
-@pytest.mark.parametrize("part", ["vae", "unet", "image_encoder", "std"])
+@pytest.mark.parametrize("part", ["vae", "unet", "image_encoder"])
 def test_a_lacking_part_is_named(folder, part):
     shutil.rmtree(folder / part)
     with pytest.raises(FileNotFoundError, match=f"lacks {part}/: it needs vae/, unet/, image_encoder/, std/"):
+        load_prior(str(folder), "cpu")
+
+
+def test_a_folder_of_ours_without_std_decodes_as_the_vae_alone_would_and_says_so(folder, caplog):
+    shutil.rmtree(folder / "std")
+    with caplog.at_level("WARNING"):
+        prior = load_prior(str(folder), "cpu", torch.float32)
+    assert "has no std/: frames are decoded as the VAE alone would" in caplog.text
+    for name, tensor in prior.vae.decoder.state_dict().items():
+        assert torch.equal(prior.std.decoder.state_dict()[name], tensor)
+    assert not prior.std.blend.weight.any()
+
+
+def test_an_empty_std_folder_is_named(folder):
+    (folder / "std" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="lacks std/"):
         load_prior(str(folder), "cpu")
 
 

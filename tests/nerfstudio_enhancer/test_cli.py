@@ -45,6 +45,13 @@ def test_flags_reach_the_commands(monkeypatch):
     assert (pairs.steps, pairs.minutes, pairs.max_frames, pairs.jobs) == ((300, 700), 2.5, 8, 2)
 
 
+def test_a_prior_is_timed_by_its_name(capsys):
+    main(shlex.split("time-prior bundled --frames 3 --height 32 --width 48 --steps 1 --repeats 1 --precision fp32"))
+    text = capsys.readouterr().out
+    assert "48 x 32, torch.float32, memory preset all" in text
+    assert "s a clip of 3 frames" in text
+
+
 def test_an_error_that_the_user_can_mend_is_one_line_with_status_1(tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         main(["benchmark", "--data", str(tmp_path / "nowhere"), "--output", str(tmp_path / "out")])

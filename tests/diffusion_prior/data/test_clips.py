@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from diffusion_prior.data.clips import (
     ClipDataset,
     augment,
     crop_size,
+    cut,
     find_gaps,
     gaps_of,
+    mirror_poses,
     pick_frames,
     read_clip,
     split_scenes,
@@ -21,7 +24,7 @@ from diffusion_prior.data.clips import (
     validation_clips,
     with_good_patches,
 )
-from diffusion_prior.data.pairs import PairRun, read_header, run_folder, write_run
+from diffusion_prior.data.pairs import PairRun, read_header, read_run, run_folder, write_run
 
 PLAIN = ClipConfig(
     num_frames=4,
@@ -140,7 +143,16 @@ def ramp_clip() -> ClipBatch:
     """Two clips of 4 frames whose every byte differs from its neighbours."""
     rgb = (torch.arange(2 * 4 * 3 * 16 * 16) % 241).to(torch.uint8).reshape(2, 4, 3, 16, 16)
     alpha, disparity, warped = rgb[:, :, :1].contiguous(), rgb[:, :, 1:2].contiguous(), rgb[:, :, [0, 1, 2, 0]]
-    return ClipBatch(rgb, alpha, disparity, warped, rgb.clone(), thumbnails(rgb))
+    poses, fov = turning_poses(2, 4), torch.full((2,), 1.0)
+    return ClipBatch(rgb, alpha, disparity, warped, rgb.clone(), thumbnails(rgb), poses, fov)
+
+
+def turning_poses(batch: int, frames: int) -> torch.Tensor:
+    """Rigid poses of cameras that are all different [b t 3 4]."""
+    generator = torch.Generator().manual_seed(1)
+    turns = torch.linalg.qr(torch.randn(batch, frames, 3, 3, generator=generator)).Q
+    turns = turns * torch.linalg.det(turns)[..., None, None]
+    return torch.cat([turns, torch.randn(batch, frames, 3, 1, generator=generator)], dim=-1)
 
 
 @pytest.mark.parametrize(
@@ -162,6 +174,81 @@ def test_an_augmentation_does_the_same_to_every_field_or_nothing(setting, expect
             frames = getattr(clip, name)
             assert torch.equal(getattr(varied, name), expected(frames) if changed else frames)
     assert seen == {True, False}
+
+
+def project(camera_to_world: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Where points [n 3] appear in each camera [b t 3 4], OpenCV axes: (x / z, y / z) [b t n 2]."""
+    seen = (points - camera_to_world[..., None, :, 3]) @ camera_to_world[..., :3]
+    return seen[..., :2] / seen[..., 2:]
+
+
+def test_mirrored_poses_see_of_the_mirrored_world_what_mirrored_pictures_show():
+    poses = turning_poses(2, 4).double()
+    mirrored = mirror_poses(poses)
+    points = torch.randn(5, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    left_right = torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    world = torch.tensor([-1.0, 1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(project(mirrored, points * world), project(poses, points) * left_right)
+    # still rotations: no camera is left-handed
+    torch.testing.assert_close(torch.linalg.det(mirrored[..., :3]), torch.linalg.det(poses[..., :3]))
+    assert torch.equal(mirror_poses(mirrored), poses)
+
+
+def test_mirrored_poses_by_hand():
+    # 0.5 to the right of the origin, turned by 90 degrees about y (down): what was z (forward) is x
+    pose = torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 1.0, 0.0, 0.0], [-1.0, 0.0, 0.0, 2.0]])
+    # mirrored: 0.5 to the left, turned to -x
+    expected = torch.tensor([[0.0, 0.0, -1.0, -0.5], [0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 2.0]])
+    torch.testing.assert_close(mirror_poses(pose), expected)
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ("flip", mirror_poses),
+        ("swap_references", lambda poses: poses.flip(1)),
+        ("permute_channels", lambda poses: poses),
+    ],
+)
+def test_poses_follow_what_happens_to_their_pictures(setting, expected):
+    clip = ramp_clip()
+    seen = set()
+    for seed in range(12):
+        config = dataclasses.replace(PLAIN, **{setting: True})
+        varied = augment(clip, (16, 16), config, torch.Generator().manual_seed(seed))
+        changed = not torch.equal(varied.rgb, clip.rgb)
+        seen.add(changed)
+        assert torch.equal(varied.camera_to_world, expected(clip.camera_to_world) if changed else clip.camera_to_world)
+        torch.testing.assert_close(varied.fov_x_rad, clip.fov_x_rad)
+    assert seen == {True, False}
+
+
+def test_a_crop_narrows_the_field_of_view_and_leaves_the_poses():
+    clip = dataclasses.replace(ramp_clip(), fov_x_rad=torch.full((2,), torch.pi / 2))
+    # 16 columns at 90 degrees: fx = 8. Of 8 columns, 2 atan(8 / (2 * 8)) = 2 atan(1 / 2), wherever they lie; rows do not matter
+    for left in (0, 5):
+        narrow = cut(clip, (16, 8), 0, left)
+        torch.testing.assert_close(narrow.fov_x_rad, torch.full((2,), 2 * math.atan(0.5)))
+        assert torch.equal(narrow.camera_to_world, clip.camera_to_world)
+    torch.testing.assert_close(cut(clip, (8, 16), 3, 0).fov_x_rad, clip.fov_x_rad)
+
+
+def test_poses_are_read_in_opencv_axes_from_reference_to_reference(tmp_path):
+    folder = write_scene(tmp_path, "beer", [0, 0, 1, 1])
+    run = read_run(folder)
+    cameras = torch.eye(4)[:3].repeat(7, 1, 1)  # OpenGL: as the world, looking along -z
+    cameras[:, 0, 3] = torch.arange(7.0)
+    intrinsics = torch.tensor([[16.0, 16.0, 16.0, 12.0]]).repeat(4, 1)
+    posed = dataclasses.replace(
+        run, camera_to_world=cameras[:4], reference_camera_to_world=cameras[4:], intrinsics=intrinsics
+    )
+    write_run(folder, posed)
+    clip = read_clip(gaps_of(read_header(folder))[1], [2, 3])
+    assert clip.camera_to_world[0, :, 0, 3].tolist() == [5, 2, 3, 6]
+    # OpenCV: y down, z forward
+    assert torch.equal(clip.camera_to_world[..., :3], torch.diag(torch.tensor([1.0, -1.0, -1.0])).expand(1, 4, 3, 3))
+    # 32 columns, fx = 16
+    torch.testing.assert_close(clip.fov_x_rad, torch.tensor([math.pi / 2]))
 
 
 def test_channels_are_permuted_alike_in_render_and_photograph():
@@ -207,6 +294,8 @@ def test_good_patches_lie_between_render_and_photograph_and_raise_alpha():
         torch.zeros(1, 3, 8, 32, 32, dtype=torch.uint8),
         torch.full(shape, 200, dtype=torch.uint8),
         torch.zeros(1, 3, 3, 64, 64, dtype=torch.uint8),
+        turning_poses(1, 3),
+        torch.ones(1),
     )
     varied = with_good_patches(clip, torch.Generator().manual_seed(0))
     assert varied.rgb.max() == 200

@@ -1,6 +1,7 @@
 """More processes, larger networks, more data: what a training must keep to when it outgrows one machine."""
 
 import contextlib
+import copy
 import dataclasses
 import json
 import os
@@ -9,9 +10,11 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from svd_folders import tiny_unet, write_svd_folder
 from torch import nn
 
@@ -19,7 +22,7 @@ from diffusion_prior.checkpoints import load_prior, read_prior
 from diffusion_prior.data.clips import ClipConfig
 from diffusion_prior.data.pairs import find_runs
 from diffusion_prior.full_size import full_size_prior
-from diffusion_prior.training import shards, train_ldm
+from diffusion_prior.training import loop, shards, train_ldm
 from diffusion_prior.training.config import ScaleConfig, TrainingConfig
 from diffusion_prior.training.loop import (
     Losses,
@@ -30,6 +33,7 @@ from diffusion_prior.training.loop import (
     make_accelerator,
     make_optimizer,
 )
+from diffusion_prior.training.sharding import fit_optimizer
 from diffusion_prior.training.shards import PackShards, ShardedClips, list_shards, pack
 from diffusion_prior.training.train_ldm import LdmConfig
 from diffusion_prior.training.trainable import choose_trainable, merge_additions
@@ -96,22 +100,17 @@ def weights(output) -> dict[str, torch.Tensor]:
     return torch.load(output / "checkpoint.pt", weights_only=True)["losses"]
 
 
-def assert_same_losses(one, other) -> None:
-    """Equal losses and gradients, to what sums in another order leave."""
+def assert_same_training(one, other) -> None:
+    """Equal losses, gradients and weights, to what sums in another order leave."""
     for a, b in zip(log(one), log(other), strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-3)
-
-
-def assert_same_training(one, other) -> None:
-    """Equal losses and equal steps of the weights."""
-    assert_same_losses(one, other)
     first, second = weights(one), weights(other)
     assert first.keys() == second.keys()
-    # Adam's first steps are as long as the learning rate, 5e-4, whatever the gradient: where that is nearly zero its
-    # sign is chance, so the mean is compared
+    # Adam's two steps are up to 5e-4 and 2.5e-4 long whatever the gradient; where that is nearly zero its sign is chance,
+    # so the mean is compared. Measured: 2e-7 to 3e-7; 4e-5 where optimiser states met the wrong weights.
     differences = torch.cat([(first[name] - second[name]).abs().flatten() for name in first])
-    assert differences.mean() < 5e-6
+    assert differences.mean() < 2e-6
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +136,34 @@ def test_two_processes_that_split_the_network_equal_one_that_has_it_whole(pairs,
 
 
 @pytest.mark.slow
-def test_a_training_of_two_split_processes_goes_on_in_one_whole_with_the_same_losses(
+def test_a_training_of_two_split_processes_goes_on_in_one_whole_as_if_it_had_not_been_killed(
     pairs, tiny_prior, together, tmp_path
 ):
     launch_and_kill(2, pairs, tiny_prior, tmp_path, "--scale.sharding")
     train_ldm.run(ldm(pairs, tiny_prior, tmp_path))
-    assert_same_losses(tmp_path, together)
+    assert_same_training(tmp_path, together)
+
+
+def adam_on_ones(memory_format: torch.memory_format) -> tuple[nn.Parameter, torch.optim.Optimizer]:
+    """A convolution's kernels, all 1, and an optimiser that has made no step."""
+    kernels = nn.Parameter(torch.ones(2, 3, 2, 2).contiguous(memory_format=memory_format))
+    return kernels, torch.optim.AdamW([kernels], lr=0.1, fused=True)
+
+
+def test_optimiser_states_of_kernels_in_another_memory_order_meet_the_same_weights():
+    gradients = torch.randn(2, 2, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    plain, adam = adam_on_ones(torch.contiguous_format)
+    other, other_adam = adam_on_ones(torch.channels_last)
+    plain.grad = gradients[0].clone()
+    adam.step()
+    with torch.no_grad():
+        other.copy_(plain)
+    other_adam.load_state_dict(copy.deepcopy(adam.state_dict()))
+    fit_optimizer(other_adam)
+    for kernels, optimizer in ((plain, adam), (other, other_adam)):
+        kernels.grad = torch.empty_like(kernels).copy_(gradients[1])
+        optimizer.step()
+    torch.testing.assert_close(other, plain)
 
 
 def state(saved: int | None, players: int = 1) -> State:
@@ -275,6 +296,14 @@ def test_eight_bit_adam_is_used_when_it_is_installed_and_named_when_it_is_not(tm
     assert make_optimizer(parameters, config).param_groups[0]["weight_decay"] == config.weight_decay
 
 
+def test_the_launch_configurations_that_are_shipped_are_accelerates():
+    folder = Path(loop.__file__).parent / "accelerate"
+    read = {path.stem: load_config_from_file(str(path)) for path in folder.glob("*.yaml")}
+    assert set(read) == {"several_gpus", "several_machines", "fsdp"}
+    assert all(config.distributed_type == "MULTI_GPU" for config in read.values())
+    assert read["several_machines"].num_machines > 1
+
+
 def test_accelerates_own_fsdp_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match=r"--scale\.sharding True"):
@@ -313,7 +342,8 @@ def _made(folder):
 def test_batches_from_shards_depend_on_their_number_alone(packed):
     one, other = clips_of(packed), clips_of(packed, kept=1)
     for number in (3, 0, 3, 1):
-        assert torch.equal(one[number].rgb, other[number].rgb)
+        for name in ("rgb", "camera_to_world", "fov_x_rad"):
+            assert torch.equal(getattr(one[number], name), getattr(other[number], name))
     assert not torch.equal(one[0].rgb, one[2].rgb)
 
 
@@ -354,8 +384,6 @@ def test_a_checkpoint_from_before_batches_were_counted_is_read(pairs, tiny_prior
     content = torch.load(together / "checkpoint.pt", weights_only=True)
     del content["batches_per_step"]
     torch.save(content, together / "old.pt")
-    from diffusion_prior.training import loop
-
     prior = load_prior(str(tiny_prior), "cpu", torch.float32)
     task = train_ldm.LdmTask(ldm(pairs, tiny_prior, together), prior)
     started = loop._start(task.losses, task.config)

@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,14 @@ from nerfstudio_enhancer.evaluation.benchmark import (
     Benchmark,
     Cell,
     CellSettings,
+    Protocol,
     Scale,
     plan_cells,
     plan_jobs,
     run_benchmark,
 )
+from nerfstudio_enhancer.evaluation.cell import cell_config
+from nerfstudio_enhancer.evaluation.methods import dataparser_of
 from nerfstudio_enhancer.evaluation.results import load_results
 from nerfstudio_enhancer.jobs import JobResult
 
@@ -79,6 +83,37 @@ def test_cells_of_one_place_stay_together_and_methods_keep_their_order(scene):
     ]
 
 
+def test_a_published_protocol_reaches_every_cell_and_is_told_with_the_results(scene, tmp_path, machine):
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    benchmark = Benchmark(
+        (scene,),
+        tmp_path / "out",
+        views=(6,),
+        methods=("splatfacto",),
+        split_files=f"{lists}/{{scene}}_{{views}}.json",
+        image_folder="images_4",
+    )
+    with pytest.raises(FileNotFoundError, match=r"no list of views at .*garden_6\.json"):
+        run_benchmark(benchmark)
+    (lists / "garden_6.json").write_text("{}")
+    results = run_benchmark(benchmark)
+    assert results.settings["image_folder"] == "images_4"
+    protocol = Protocol("references-first", benchmark.split_files, "images_4")
+    settings = CellSettings(tmp_path / "out", Scale(30, 32), "none", protocol)
+    dataparser = dataparser_of(cell_config(Cell(scene, 6, 0, "splatfacto"), settings))
+    assert (dataparser.split_file, dataparser.num_views) == (lists / "garden_6.json", None)
+    assert dataparser.image_folder == "images_4"
+
+
+def test_cells_of_another_protocol_are_not_mixed_in(scene, tmp_path, machine):
+    usual = Benchmark((scene,), tmp_path / "out", views=(3,), methods=("splatfacto",))
+    other = dataclasses.replace(usual, split_rule="test-first")
+    run_benchmark(other)
+    with pytest.raises(ValueError, match="split_rule = 'test-first' there and None now"):
+        run_benchmark(usual)
+
+
 def test_methods_that_differ_from_the_first_round_on_share_one_first_stage():
     cells = [Cell(Path("garden"), 3, 0, method) for method in ("splatfacto-random", "splatfacto", "geometry", "oracle")]
     jobs = plan_jobs(cells, CellSettings(Path("out"), Scale(30, 32), "bundled"))
@@ -121,7 +156,8 @@ def test_redo_runs_the_cells_of_a_method_again(scene, machine, tmp_path):
 
 def test_an_entry_states_the_larger_peak_memory_of_both_stages(scene, machine, tmp_path):
     run_benchmark(Benchmark((scene,), tmp_path / "out", views=(3,), methods=("geometry",), preset="quick"))
-    (entry,) = load_results(tmp_path / "out", {"preset": "quick", "steps": 1200}).cells
+    settings = {"preset": "quick", "steps": 1200, "max_image_size": 320, "prior": "bundled"}
+    (entry,) = load_results(tmp_path / "out", settings).cells
     assert entry["peak_rss_mb"] == 1500.0
     assert {"scene", "views", "seed", "method", "psnr", "ssim", "lpips", "wall_s", "commit", "threads"} <= set(entry)
 
