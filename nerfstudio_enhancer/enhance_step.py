@@ -52,6 +52,8 @@ class EnhanceConfig:
     """Number of rounds; each replaces the enhanced views of the one before it."""
     ratio: float = 0.5
     """Probability that a batch is an enhanced view once a round has run, in [0, 1]."""
+    lpips_weight: float = 0.0
+    """Weight of LPIPS between splats and enhanced views; it forgives small shifts between views and costs time."""
     image_confidence: bool = True
     """Weigh enhanced views by their distance to the nearest reference view (farther = higher)."""
     pixel_confidence: bool = True
@@ -60,6 +62,8 @@ class EnhanceConfig:
     """Weight of the most certain view or pixel relative to the least certain one, in [0, 1)."""
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     """Paths between and around the reference views."""
+    warp_references: bool = True
+    """Show the prior the references through the rendered depth, where it takes them."""
     save_frames: bool = True
     """Write the frames and a contact sheet of each round as PNG under the run's folder."""
 
@@ -136,7 +140,7 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
     sources = None
-    if config.feed == "enhanced":
+    if config.feed == "enhanced" and config.warp_references:
         sources = WarpSources.of(model, references.photographs, references.cameras)
     done = 0
     clips = []

@@ -21,7 +21,7 @@ from nerfstudio.utils.colors import get_color
 from torch import Tensor
 
 from nerfstudio_enhancer.confidence import relative_pixel_scale
-from nerfstudio_enhancer.conventions import world_to_camera_opencv
+from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_opencv
 from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.losses import confidence_weighted_photometric, depth_loss, disparity_smoothness
@@ -324,27 +324,35 @@ class EnhancerModel(SplatfactoModel):
         return self.config.gaussian_dropout * min(max((self.step - start) / (end - start), 0.0), 1.0)
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
-        """Splatfacto's loss on references; on enhanced views the photometric term alone, weighted by confidence."""
-        if "pixel_confidence" not in batch:
+        """Splatfacto's loss on references, the confidence-weighted one on enhanced views, and what regularises depth."""
+        if "pixel_confidence" in batch:
+            losses = self._enhanced_losses(outputs, batch)
+        else:
             losses = super().get_loss_dict(outputs, batch, metrics_dict)
             if self.config.depth_weight > 0 and TRUSTED_DEPTH in batch:
                 depth = outputs["depth"]
                 trusted = _nearest(batch[TRUSTED_DEPTH].to(depth), depth.shape[0], depth.shape[1])
                 loss = depth_loss(depth, outputs["accumulation"], trusted)
                 losses["depth_loss"] = self.config.depth_weight * loss
-            if self.config.depth_smoothness > 0:
-                photograph = self.get_gt_img(batch["image"])[..., :3]
-                smoothness = disparity_smoothness(outputs["depth"], photograph)
-                losses["depth_smoothness"] = self.config.depth_smoothness * smoothness
-            return losses
-        main_loss = confidence_weighted_photometric(
-            outputs["rgb"],
-            self.get_gt_img(batch["image"]),
-            self._downscale_if_required(batch["pixel_confidence"]).to(self.device),
-            batch["image_confidence"],
-            self.config.ssim_lambda,
-        )
-        return {"main_loss": main_loss}
+        if self.config.depth_smoothness > 0:
+            smoothness = disparity_smoothness(outputs["depth"], self.get_gt_img(batch["image"])[..., :3])
+            losses["depth_smoothness"] = self.config.depth_smoothness * smoothness
+        return losses
+
+    def _enhanced_losses(self, outputs, batch) -> dict[str, Tensor]:
+        rendered, target = outputs["rgb"], self.get_gt_img(batch["image"])
+        confidence = self._downscale_if_required(batch["pixel_confidence"]).to(self.device)
+        losses = {
+            "main_loss": confidence_weighted_photometric(
+                rendered, target, confidence, batch["image_confidence"], self.config.ssim_lambda
+            )
+        }
+        if self.config.enhance.lpips_weight > 0:
+            from diffusion_prior.perceptual import lpips_alex
+
+            distance = lpips_alex(*(to_channels_first(image[None]) for image in (rendered, target))).mean()
+            losses["perceptual_loss"] = self.config.enhance.lpips_weight * batch["image_confidence"] * distance
+        return losses
 
 
 @torch.no_grad()

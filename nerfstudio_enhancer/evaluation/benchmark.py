@@ -14,7 +14,7 @@ from typing import Any, Literal
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nerfstudio_enhancer.evaluation.methods import METHODS
+from nerfstudio_enhancer.evaluation.methods import MAIN_METHODS, METHODS
 from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import benchmark_tables
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
@@ -78,9 +78,9 @@ class Benchmark:
     """Folder of the results."""
     views: tuple[int, ...] = (3, 6, 9)
     """Numbers of reference views."""
-    methods: tuple[str, ...] = tuple(METHODS)
-    """Methods to compare, of: splatfacto-random, splatfacto, geometry, feed-renders, feed-mean-filled, feed-blurred,
-    3dgs-enhancer, oracle."""
+    methods: tuple[str, ...] = MAIN_METHODS
+    """Methods to compare. Besides those of the default, ablations of the geometry: background, depth-loss, regularised,
+    geometry-depth-loss; and of the rounds: no-warps, no-image-confidence, no-pixel-confidence."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of training and seed points."""
     preset: Preset = "default"

@@ -23,6 +23,7 @@ from nerfstudio_enhancer.evaluation.methods import (
     set_prior,
     with_additions,
     with_seed_points,
+    with_settings,
 )
 from nerfstudio_enhancer.jobs import peak_rss_mb
 
@@ -43,6 +44,7 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
         fit_schedule(config, settings.scale.steps)
     set_prior(config, settings.prior if method.feed == "enhanced" else "none", method.feed or "enhanced")
     with_additions(config, method.additions)
+    with_settings(config, method.settings)
     with_seed_points(config, method.seed_points)
     datamanager, dataparser = datamanager_of(config), dataparser_of(config)
     config.data = datamanager.data = cell.data

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
@@ -35,11 +35,14 @@ class Method:
     """Where its first splats lie; `auto`: the best seed points that can be had."""
     feed: Feed | None = None
     """What its rounds feed back; None: no rounds."""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    """What else of the model's settings is different, by dotted name; `enhance.*` matters from the first round on."""
 
     @property
     def shares_first_stage(self) -> bool:
         """Whether its training up to the first round is the same as that of `geometry`."""
-        return self.additions == ADDITIONS and self.seed_points == "auto"
+        own = all(name.startswith("enhance.") for name in self.settings)
+        return self.additions == ADDITIONS and self.seed_points == "auto" and own
 
 
 METHODS = {
@@ -48,19 +51,39 @@ METHODS = {
     "splatfacto": Method("plain splatfacto from our seed points (stereo)", additions=()),
     "background": Method("the same with a sensible background", additions=("background",)),
     "depth-loss": Method(
-        "with background and the depth loss as it is set (by default 0: off)", additions=("background", "depth")
+        "with background and a depth loss of weight 0.1", additions=("background",), settings={"depth_weight": 0.1}
     ),
-    "regularised": Method(
-        "with background and the regularisation as it is set (by default 0: off)",
-        additions=("background", "regularisation"),
-    ),
+    "regularised": Method("with the regularisation, without the background", additions=("regularisation",)),
+    "geometry-depth-loss": Method("every addition and a depth loss of weight 0.1", settings={"depth_weight": 0.1}),
     "geometry": Method("every addition but the prior"),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
     "feed-blurred": Method("control: blurred renders fed back", feed="blurred"),
     "3dgs-enhancer": Method("the whole method", feed="enhanced"),
+    "no-warps": Method(
+        "the whole without warped references", feed="enhanced", settings={"enhance.warp_references": False}
+    ),
+    "no-image-confidence": Method(
+        "the whole without image confidence", feed="enhanced", settings={"enhance.image_confidence": False}
+    ),
+    "no-pixel-confidence": Method(
+        "the whole without pixel confidence", feed="enhanced", settings={"enhance.pixel_confidence": False}
+    ),
     "oracle": Method("ceiling: real photographs of unused views fed back", feed="photographs"),
 }
+
+MAIN_METHODS = (
+    "splatfacto-random",
+    "triangulated",
+    "splatfacto",
+    "geometry",
+    "feed-renders",
+    "feed-mean-filled",
+    "feed-blurred",
+    "3dgs-enhancer",
+    "oracle",
+)
+"""Those that are compared unless others are asked for; the rest are ablations."""
 
 
 def method_config() -> TrainerConfig:
@@ -140,6 +163,21 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
 def with_seed_points(config: TrainerConfig, source: SeedSource) -> None:
     """Choose, in place, where the first splats lie."""
     dataparser_of(config).seed_points = source
+
+
+def with_settings(config: TrainerConfig, settings: Mapping[str, Any]) -> None:
+    """Change, in place, settings of the model by dotted name.
+
+    Raises:
+        AttributeError: for a name that the model's settings do not have.
+    """
+    for name, value in settings.items():
+        owner = model_of(config)
+        *path, last = name.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        getattr(owner, last)  # a misspelt name must not become a new field
+        setattr(owner, last, value)
 
 
 def set_prior(config: TrainerConfig, prior: str, feed: Feed = "enhanced") -> None:

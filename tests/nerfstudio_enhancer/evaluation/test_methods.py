@@ -7,6 +7,7 @@ from nerfstudio_enhancer.evaluation.methods import (
     set_prior,
     with_additions,
     with_seed_points,
+    with_settings,
 )
 
 
@@ -63,4 +64,19 @@ def test_only_methods_with_all_additions_share_the_first_stage():
         "background",
         "depth-loss",
         "regularised",
+        "geometry-depth-loss",
     ]
+
+
+def test_settings_are_changed_by_dotted_name_and_misspelt_ones_refused():
+    config = method_config()
+    with_settings(config, {"depth_weight": 0.3, "enhance.pixel_confidence": False})
+    assert config.pipeline.model.depth_weight == 0.3
+    assert config.pipeline.model.enhance.pixel_confidence is False
+    with pytest.raises(AttributeError, match="pixel_confidense"):
+        with_settings(config, {"enhance.pixel_confidense": False})
+
+
+def test_settings_of_every_method_exist():
+    for method in METHODS.values():
+        with_settings(method_config(), method.settings)

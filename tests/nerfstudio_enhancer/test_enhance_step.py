@@ -1,0 +1,37 @@
+"""What the prior is told of a rendered clip."""
+
+import torch
+from walls import DISTANCE, SIZE, cameras, wall
+
+from nerfstudio_enhancer.enhance_step import condition_clip
+from nerfstudio_enhancer.rendering import RenderedClip
+
+
+def rendered(frames: int) -> RenderedClip:
+    """A grey render of the wall."""
+    shape = (frames, SIZE, SIZE)
+    return RenderedClip(
+        rgb=torch.full((*shape, 3), 0.5),
+        alpha=torch.ones(*shape, 1),
+        depth=torch.full((*shape, 1), DISTANCE),
+        scale_map=torch.ones(*shape, 3),
+    )
+
+
+def test_a_clip_shows_its_references_at_its_ends_and_warped_into_the_frames_between():
+    sources = wall(0.0, 1.0)
+    first, last = (photograph.permute(2, 0, 1) for photograph in sources.photographs)
+    clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0), sources)
+    assert torch.equal(clip.rgb[[0, 2]], torch.stack([first, last]))
+    assert clip.warped is not None
+    # the ends are warped onto themselves alone
+    assert torch.equal(clip.warped[0], torch.cat([first, torch.ones(1, SIZE, SIZE), torch.zeros(4, SIZE, SIZE)]))
+    assert torch.equal(clip.warped[2, :3], last)
+    # 0.25 is one pixel on the wall: the frame sees the first reference one pixel further left, and its nearest is the first
+    torch.testing.assert_close(clip.warped[1, :3, :, :-1], first[:, :, 1:])
+
+
+def test_without_sources_nothing_is_warped():
+    sources = wall(0.0, 1.0)
+    clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0))
+    assert clip.warped is None
