@@ -1,3 +1,6 @@
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -81,6 +84,36 @@ def test_a_save_that_fails_leaves_the_older_round_and_no_litter(tmp_path: Path, 
     other = EnhancedViewStore()
     other.load_rounds(tmp_path, up_to_step=20)
     assert float(other.rounds[20][0].rgb.mean()) == pytest.approx(0.3, abs=1e-3)
+
+
+@contextmanager
+def ordinary_user() -> Iterator[None]:
+    """Permissions bind everyone but root, as whom tests may run."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+NOBODY = 65534
+
+
+def test_a_folder_that_may_not_be_written_to_is_named_and_keeps_its_rounds(tmp_path: Path) -> None:
+    store = EnhancedViewStore()
+    store.add(20, [clip(2, 0.3)])
+    store.save_round(tmp_path, step=20, settings={})
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.name.startswith("pytest-"):
+            folder.chmod(0o755)
+    tmp_path.chmod(0o555)
+    store.add(40, [clip(2, 0.9)])
+    with ordinary_user(), pytest.raises(PermissionError, match="Permission denied"):
+        store.save_round(tmp_path, step=40, settings={})
+    assert EnhancedViewStore().load_rounds(tmp_path, up_to_step=40) == [20]
 
 
 def test_a_round_cut_off_while_it_was_written_is_ignored(tmp_path: Path) -> None:
