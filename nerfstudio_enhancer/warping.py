@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffusion_prior.types import WARP_CHANNELS
 from nerfstudio_enhancer.conventions import camera_to_world_opencv, world_to_camera_opencv
+from nerfstudio_enhancer.projection import NEAREST, back_project, project
 from nerfstudio_enhancer.rendering import render_clip
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def warp_references(
 
 
 def _warped(depth: Tensor, alpha: Tensor, camera: Cameras, sources: WarpSources) -> Float[Tensor, "warps h w"]:
-    points = _world_points(depth, camera)
+    points = back_project(depth[..., 0], _intrinsics(camera), camera_to_world_opencv(camera.camera_to_worlds.cpu())[0])
     slots = depth.new_zeros(WARPED_REFERENCES, WARP_CHANNELS, *depth.shape[:2])
     for index in nearest_references(camera, sources.cameras):
         looked_up = _looked_up(points, index, sources)
@@ -96,30 +97,18 @@ def nearest_references(camera: Cameras, references: Cameras) -> list[int]:
     return cost.argsort(stable=True)[:CANDIDATES].tolist()
 
 
-def _world_points(depth: Float[Tensor, "h w 1"], camera: Cameras) -> Float[Tensor, "h w 3"]:
-    height, width = depth.shape[:2]
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=depth.device) + 0.5, torch.arange(width, device=depth.device) + 0.5, indexing="ij"
-    )
-    fx, fy, cx, cy = (float(getattr(camera, name).item()) for name in ("fx", "fy", "cx", "cy"))
-    rays = torch.stack([(columns - cx) / fx, (rows - cy) / fy, torch.ones_like(rows)], dim=-1)
-    camera_to_world = camera_to_world_opencv(camera.camera_to_worlds.cpu())[0].to(depth)
-    return (rays * depth) @ camera_to_world[:3, :3].T + camera_to_world[:3, 3]
-
-
 def _looked_up(points: Float[Tensor, "h w 3"], index: int, sources: WarpSources) -> Float[Tensor, "4 h w"]:
     """Colour of each point in one reference, and how well it is seen there."""
     camera, photograph = sources.cameras[index : index + 1], sources.photographs[index]
-    world_to_camera = world_to_camera_opencv(camera.camera_to_worlds.cpu())[0].to(points)
-    there = points @ world_to_camera[:3, :3].T + world_to_camera[:3, 3]
-    fx, fy, cx, cy = (float(getattr(camera, name).item()) for name in ("fx", "fy", "cx", "cy"))
-    z = there[..., 2].clamp(min=1e-9)
+    pixel, depth = project(points, _intrinsics(camera), world_to_camera_opencv(camera.camera_to_worlds.cpu())[0])
     height, width = photograph.shape[:2]
-    x, y = (fx * there[..., 0] / z + cx) / width * 2 - 1, (fy * there[..., 1] / z + cy) / height * 2 - 1
-    grid = torch.stack([x, y], dim=-1)[None]
+    grid = pixel / pixel.new_tensor([width, height]) * 2 - 1
     images = torch.cat([photograph, sources.depths[index]], dim=-1).permute(2, 0, 1)[None]
-    colour, shown = F.grid_sample(images, grid, padding_mode="border", align_corners=False)[0].split([3, 1])
-    inside = (grid[0].abs().amax(-1) <= 1) & (there[..., 2] > 1e-9)
-    difference = (shown[0] - z).abs() / z / DEPTH_TOLERANCE
-    seen = inside / (1 + difference**2)
-    return torch.cat([colour, seen[None]])
+    colour, shown = F.grid_sample(images, grid[None], padding_mode="border", align_corners=False)[0].split([3, 1])
+    inside = (grid.abs().amax(-1) <= 1) & (depth > NEAREST)
+    difference = (shown[0] / depth.clamp(min=NEAREST) - 1) / DEPTH_TOLERANCE
+    return torch.cat([colour, (inside / (1 + difference**2))[None]])
+
+
+def _intrinsics(camera: Cameras) -> Float[Tensor, "3 3"]:
+    return camera.get_intrinsics_matrices()[0].cpu()

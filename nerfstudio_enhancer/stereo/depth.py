@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nerfstudio_enhancer.projection import NEAREST, back_project, project
 from nerfstudio_enhancer.stereo.config import StereoConfig, SweepConfig
 from nerfstudio_enhancer.stereo.refine import Planes, refine
 from nerfstudio_enhancer.stereo.sweep import (
@@ -98,23 +99,18 @@ def _agrees(
     config: StereoConfig,
 ) -> Bool[Tensor, "h w"]:
     """Pixels that come back to themselves through the other view's depth."""
-    grid = pixel_grid(view)
-    to_other = other.world_to_camera @ torch.linalg.inv(view.world_to_camera)
-    points = torch.einsum("ij,jhw->ihw", torch.linalg.inv(view.intrinsics).to(depth), grid) * depth
-    there = torch.einsum("ij,jhw->ihw", to_other[:3, :3].to(depth), points) + to_other[:3, 3].to(depth)[:, None, None]
-    pixel = torch.einsum("ij,jhw->ihw", other.intrinsics.to(depth), there)
-    pixel = pixel[:2] / pixel[2:].clamp(min=1e-9)
+    camera_to_world, other_to_world = (torch.linalg.inv(v.world_to_camera) for v in (view, other))
+    # In one camera's axes, so that single precision suffices wherever the scene's origin is.
+    to_other, back = other.world_to_camera @ camera_to_world, view.world_to_camera @ other_to_world
+    own = torch.eye(4, dtype=torch.float64)
+    pixel, distance = project(back_project(depth, view.intrinsics, own), other.intrinsics, to_other)
     height, width = other.size
-    inside = (there[2] > 1e-9) & (pixel[0] >= 0) & (pixel[1] >= 0) & (pixel[0] < width) & (pixel[1] < height)
-    column, row = pixel[0].long().clamp(0, width - 1), pixel[1].long().clamp(0, height - 1)
-    its_depth = other_depth[row, column]
+    inside = (distance > NEAREST) & (pixel >= 0).all(-1) & (pixel[..., 0] < width) & (pixel[..., 1] < height)
+    column, row = pixel[..., 0].long().clamp(0, width - 1), pixel[..., 1].long().clamp(0, height - 1)
     # The other view's depth at the centre of its pixel, looked at from here.
-    centre = torch.stack([column + 0.5, row + 0.5, torch.ones_like(its_depth)])
-    in_other = torch.einsum("ij,jhw->ihw", torch.linalg.inv(other.intrinsics).to(depth), centre) * its_depth
-    back = torch.linalg.inv(to_other)
-    here = torch.einsum("ij,jhw->ihw", back[:3, :3].to(depth), in_other) + back[:3, 3].to(depth)[:, None, None]
-    returned = torch.einsum("ij,jhw->ihw", view.intrinsics.to(depth), here)
-    returned = returned[:2] / returned[2:].clamp(min=1e-9)
-    distance = (returned - grid[:2]).norm(dim=0)
-    relative = (here[2] - depth).abs() / depth.clamp(min=1e-9)
-    return inside & (its_depth > 0) & (distance <= config.max_reprojection_px) & (relative <= config.max_relative_depth)
+    in_other = back_project(other_depth, other.intrinsics, own)[row, column]
+    returned, here = project(in_other, view.intrinsics, back)
+    moved = (returned - pixel_grid(view)[:2].movedim(0, -1)).norm(dim=-1)
+    relative = (here - depth).abs() / depth.clamp(min=NEAREST)
+    its_depth = other_depth[row, column]
+    return inside & (its_depth > 0) & (moved <= config.max_reprojection_px) & (relative <= config.max_relative_depth)

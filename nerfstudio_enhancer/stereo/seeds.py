@@ -11,8 +11,8 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
 from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPoints
+from nerfstudio_enhancer.projection import back_project
 from nerfstudio_enhancer.stereo.depth import StereoConfig, StereoDepth, estimate_depth
-from nerfstudio_enhancer.stereo.sweep import pixel_grid
 from nerfstudio_enhancer.stereo.views import stereo_view
 
 
@@ -51,9 +51,7 @@ def consistent_points(depths: Sequence[StereoDepth], most: int, generator: torch
 def world_points(depth: StereoDepth) -> Float[Tensor, "h w 3"]:
     """Where each pixel's ray meets its depth; the camera's centre where there is none."""
     view = depth.view
-    rays = torch.einsum("ij,jhw->hwi", torch.linalg.inv(view.intrinsics).to(depth.depth), pixel_grid(view))
-    in_camera = (rays * depth.depth[..., None]).double().cpu()
-    return (in_camera - view.world_to_camera[:3, 3]) @ view.world_to_camera[:3, :3]
+    return back_project(depth.depth.double().cpu(), view.intrinsics, torch.linalg.inv(view.world_to_camera))
 
 
 def trusted_depth(depth: StereoDepth, camera: Cameras) -> Float[Tensor, "H W 1"]:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nerfstudio_enhancer.projection import pixel_centres
 from nerfstudio_enhancer.stereo.config import SweepConfig
 from nerfstudio_enhancer.stereo.views import LUMA, StereoView
 
@@ -37,13 +38,7 @@ class Relative:
 
 def pixel_grid(view: StereoView) -> Float[Tensor, "3 h w"]:
     """Homogeneous pixel centres (u, v, 1)."""
-    height, width = view.size
-    rows, columns = torch.meshgrid(
-        torch.arange(height, device=view.grey.device, dtype=view.grey.dtype) + 0.5,
-        torch.arange(width, device=view.grey.device, dtype=view.grey.dtype) + 0.5,
-        indexing="ij",
-    )
-    return torch.stack([columns, rows, torch.ones_like(rows)])
+    return pixel_centres(*view.size, like=view.grey)
 
 
 def inverse_depth_planes(
