@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
@@ -15,7 +15,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from diffusion_prior.conditioning import normalised_disparity
 from diffusion_prior.sampling_config import SamplingConfig
-from diffusion_prior.types import ConditionClip, EnhancedClip
+from diffusion_prior.types import WARP_CHANNELS, ConditionClip, EnhancedClip
 from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence
 from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channels_last, world_to_camera_opencv
 from nerfstudio_enhancer.enhanced_views import EnhancedViews
@@ -51,8 +51,11 @@ class EnhanceConfig:
     rounds: int = 1
     """Number of rounds; each replaces the enhanced views of the one before it."""
     ratio: float = 0.5
-    """Probability that a batch is an enhanced view once a round has run, in [0, 1]."""
-    lpips_weight: float = 0.0
+    """Probability that a batch is an enhanced view once a round has run, in [0, 1], where all views are needed in full."""
+    unseen_range: tuple[float, float] = (0.2, 0.6)
+    """Share of a view's pixels that no reference sees: up to the first number the view is not needed, from the second on in
+    full, in between in part. So where references see what the paths show, they are what is trained on. (0, 0) needs all."""
+    lpips_weight: float = 0.05
     """Weight of LPIPS between splats and enhanced views; it forgives small shifts between views and costs time."""
     image_confidence: bool = True
     """Weigh enhanced views by their distance to the nearest reference view (farther = higher)."""
@@ -133,15 +136,14 @@ class _UnweighedClip:
     rgb: Float[Tensor, "t h w 3"]
     rendered: RenderedClip
     cameras: Cameras
+    need: Float[Tensor, " t"]
 
 
 def _path_clips(model, references, config, prior, generator, on_progress) -> list[_UnweighedClip]:
     """Render and repair each trajectory; the clips end on reference photographs, which are cut off afterwards."""
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
-    sources = None
-    if config.feed == "enhanced" and config.warp_references:
-        sources = WarpSources.of(model, references.photographs, references.cameras)
+    sources = WarpSources.of(model, references.photographs, references.cameras)
     done = 0
     clips = []
     for trajectory in trajectories:
@@ -151,25 +153,32 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
         )
         rendered = render_clip(model, cameras.to(model.device))
         inner = slice(1, -1)
-        frames = _feed(
-            rendered,
-            (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered)),
-            cameras,
-            config,
-            prior,
-            generator,
-            mean_colour(references).to(rendered.rgb),
-            sources,
-        )
+        ends = (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered))
+        condition = condition_clip(rendered, ends, cameras, sources)
+        frames = _feed(rendered, condition, config, prior, generator, mean_colour(references).to(rendered.rgb))
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
-        clips.append(_UnweighedClip(frames[inner], middle, cameras[inner]))
+        need = view_need(condition, config.unseen_range)[inner].cpu()
+        clips.append(_UnweighedClip(frames[inner], middle, cameras[inner], need))
         done += middle.rgb.shape[0]
         if on_progress is not None:
             on_progress(done, total)
     return clips
 
 
-def _feed(rendered, ends, cameras, config, prior, generator, mean_colour, sources) -> Float[Tensor, "t h w 3"]:
+def view_need(condition: ConditionClip, unseen_range: tuple[float, float]) -> Float[Tensor, " t"]:
+    """How much each frame of a clip is needed, by the share of its pixels that no reference sees.
+
+    Args:
+        condition: with warped references, the best first.
+        unseen_range: see `EnhanceConfig.unseen_range`.
+    """
+    low, high = unseen_range
+    assert condition.warped is not None
+    unseen = 1 - condition.warped[:, WARP_CHANNELS - 1].mean(dim=(-2, -1))
+    return ((unseen - low) / (high - low)).clamp(0, 1) if high > low else torch.ones_like(unseen)
+
+
+def _feed(rendered, condition, config, prior, generator, mean_colour) -> Float[Tensor, "t h w 3"]:
     """The frames that are fed back for one rendered clip."""
     if config.feed == "renders":
         return rendered.rgb
@@ -183,9 +192,8 @@ def _feed(rendered, ends, cameras, config, prior, generator, mean_colour, source
         raise ValueError(
             "feed='enhanced' needs a prior, got prior='none'. Use `--pipeline.model.enhance.prior bundled`."
         )
-    return to_channels_last(prior.enhance(condition_clip(rendered, ends, cameras, sources), generator).rgb).to(
-        rendered.rgb
-    )
+    shown = condition if config.warp_references else replace(condition, warped=None)
+    return to_channels_last(prior.enhance(shown, generator).rgb).to(rendered.rgb)
 
 
 def condition_clip(
@@ -226,7 +234,7 @@ def condition_clip(
 def _oracle_clip(model, oracle: References, index: int) -> _UnweighedClip:
     camera = oracle.cameras[index : index + 1]
     rendered = render_clip(model, camera.to(model.device))
-    return _UnweighedClip(oracle.photographs[index][None].to(rendered.rgb), rendered, camera)
+    return _UnweighedClip(oracle.photographs[index][None].to(rendered.rgb), rendered, camera, torch.ones(1))
 
 
 def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceConfig) -> list[RoundClip]:
@@ -248,6 +256,7 @@ def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceC
             rgb=clip.rgb.clamp(0, 1).half().cpu(),
             pixel_confidence=pixel.half().cpu(),
             image_confidence=image[start : start + count].float(),
+            need=clip.need.float(),
             camera_to_world=cameras.camera_to_worlds.float().cpu(),
             intrinsics=intrinsics,
         )

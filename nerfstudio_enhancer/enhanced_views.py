@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 VIEWS_FILE = "views.safetensors"
 META_FILE = "round.json"
 
@@ -29,6 +29,8 @@ class EnhancedViews:
     """P_c, mean 1 over the clip."""
     image_confidence: Float[Tensor, " t"]
     """I_c, mean 1 over the round."""
+    need: Float[Tensor, " t"]
+    """How much each view is needed, in [0, 1]: views are drawn in proportion to it."""
     camera_to_world: Float[Tensor, "t 3 4"]
     """OpenGL axes, nerfstudio world units."""
     intrinsics: Float[Tensor, "t 4"]
@@ -58,23 +60,33 @@ class EnhancedViewStore:
 
     @property
     def num_views(self) -> int:
-        return sum(clip.num_views for clips in self.rounds.values() for clip in clips)
+        return sum(clip.num_views for clip in self._clips())
+
+    @property
+    def mean_need(self) -> float:
+        """Mean need of all views that are drawn from; 0 for an empty store."""
+        return float(self._needs().mean()) if self.num_views else 0.0
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> tuple[Cameras, dict]:
-        """One view, uniformly: its camera (shape [1]) and its batch (image, pixel_confidence, image_confidence).
+        """One view, in proportion to its need: its camera (shape [1]) and its batch (image, pixel_confidence, image_confidence).
 
         Raises:
-            ValueError: when the store is empty.
+            ValueError: when the store holds no view that is needed.
         """
-        if self.num_views == 0:
+        if self.mean_need == 0:
             raise ValueError("No enhanced view to draw: run a round first.")
-        index = int(torch.randint(self.num_views, (1,), generator=generator))
-        for clips in (self.rounds[key] for key in sorted(self.rounds)):
-            for clip in clips:
-                if index < clip.num_views:
-                    return _camera(clip, index, device), _batch(clip, index, device)
-                index -= clip.num_views
+        index = int(torch.multinomial(self._needs(), 1, generator=generator))
+        for clip in self._clips():
+            if index < clip.num_views:
+                return _camera(clip, index, device), _batch(clip, index, device)
+            index -= clip.num_views
         raise AssertionError("index beyond the store")
+
+    def _needs(self) -> Float[Tensor, " n"]:
+        return torch.cat([clip.need for clip in self._clips()])
+
+    def _clips(self) -> list[EnhancedViews]:
+        return [clip for step in sorted(self.rounds) for clip in self.rounds[step]]
 
     def save_round(self, folder: Path, step: int, settings: dict) -> Path:
         """Write the round of a step to `folder/round-step-NNNNNNNNN`, whole or not at all.

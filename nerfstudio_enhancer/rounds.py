@@ -100,7 +100,10 @@ class Rounds:
             folder = self.store.save_round(self.folder, step, dataclasses.asdict(self.config))
             if self.config.save_frames:
                 write_round_pictures(folder, clips)
-            CONSOLE.log(f"{self.store.num_views} enhanced views saved in {folder}")
+            CONSOLE.log(
+                f"{self.store.num_views} enhanced views saved in {folder}; needed at {self.store.mean_need:.0%}, since the "
+                "references see the rest."
+            )
         except OSError as error:
             CONSOLE.log(
                 f"[bold red]The enhanced views could not be saved in {self.folder} ({error}). Training goes on with them; "
@@ -148,6 +151,11 @@ class Rounds:
 def _check(config, num_references: int) -> None:
     if not 0 <= config.ratio <= 1:
         raise ValueError(f"enhance.ratio is a probability in [0, 1], got {config.ratio}.")
+    low, high = config.unseen_range
+    if not (0 <= low < high <= 1 or low == high == 0):
+        raise ValueError(
+            f"enhance.unseen_range must be two growing shares in [0, 1], or 0 0 to need every view in full, got {low} {high}."
+        )
     if config.every < 1:
         raise ValueError(f"enhance.every must be at least 1 step, got {config.every}.")
     if config.start < 1 and config.rounds > 0:

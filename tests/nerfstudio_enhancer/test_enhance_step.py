@@ -3,7 +3,7 @@
 import torch
 from walls import DISTANCE, SIZE, cameras, wall
 
-from nerfstudio_enhancer.enhance_step import condition_clip
+from nerfstudio_enhancer.enhance_step import condition_clip, view_need
 from nerfstudio_enhancer.rendering import RenderedClip
 
 
@@ -35,3 +35,14 @@ def test_without_sources_nothing_is_warped():
     sources = wall(0.0, 1.0)
     clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0))
     assert clip.warped is None
+
+
+def test_a_view_is_needed_by_what_no_reference_sees_of_it():
+    sources = wall(0.0, 1.0)
+    clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0), sources)
+    assert clip.warped is not None
+    shares = torch.tensor([0.0, 0.5, 1.0])  # unseen
+    clip.warped[:, 3] = (1 - shares)[:, None, None]
+    assert view_need(clip, (0.25, 0.75)).tolist() == [0.0, 0.5, 1.0]
+    assert view_need(clip, (0.0, 0.5)).tolist() == [0.0, 1.0, 1.0]
+    assert view_need(clip, (0.0, 0.0)).tolist() == [1.0, 1.0, 1.0]

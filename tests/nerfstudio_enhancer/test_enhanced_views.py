@@ -1,3 +1,4 @@
+import dataclasses
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ def clip(count: int = 2, value: float = 0.5, height: int = 4, width: int = 6) ->
         rgb=torch.full((count, height, width, 3), value).half(),
         pixel_confidence=torch.ones(count, height, width, 1).half(),
         image_confidence=torch.arange(1, count + 1).float(),
+        need=torch.ones(count),
         camera_to_world=torch.eye(4)[:3].expand(count, 3, 4).clone(),
         intrinsics=torch.tensor([5.0, 6.0, 3.0, 2.0]).expand(count, 4).clone(),
     )
@@ -28,6 +30,26 @@ def test_draws_depend_on_the_generator_alone() -> None:
     again = [store.draw(step_generator(0, step, "batch"))[1]["image_confidence"] for step in range(20)]
     assert first == again
     assert len(set(first)) > 1
+
+
+def test_views_are_drawn_in_proportion_to_their_need() -> None:
+    store = EnhancedViewStore()
+    assert store.mean_need == 0
+    needs = torch.tensor([0.0, 0.25, 0.75])
+    store.add(20, [dataclasses.replace(clip(3), need=needs)])
+    assert store.mean_need == pytest.approx(1 / 3)
+    # image_confidence tells the three apart: 1, 2, 3
+    drawn = [store.draw(step_generator(0, step, "batch"))[1]["image_confidence"] for step in range(400)]
+    assert drawn.count(1.0) == 0
+    assert drawn.count(3.0) / len(drawn) == pytest.approx(0.75, abs=0.07)  # three standard deviations
+
+
+def test_a_store_of_views_that_nobody_needs_cannot_be_drawn_from() -> None:
+    store = EnhancedViewStore()
+    store.add(20, [dataclasses.replace(clip(2), need=torch.zeros(2))])
+    assert store.mean_need == 0
+    with pytest.raises(ValueError, match="No enhanced view to draw"):
+        store.draw(step_generator(0, 0, "batch"))
 
 
 def test_every_view_is_drawn_with_its_own_camera() -> None:
