@@ -157,7 +157,7 @@ def test_views_of_another_format_version_are_refused(tmp_path: Path) -> None:
     store = EnhancedViewStore()
     store.add(20, [clip()])
     folder = store.save_round(tmp_path, step=20, settings={})
-    meta = (folder / META_FILE).read_text().replace('"format_version": 1', '"format_version": 99')
+    meta = (folder / META_FILE).read_text().replace('"format_version": 2', '"format_version": 99')
     (folder / META_FILE).write_text(meta)
     with pytest.raises(ValueError, match="format version 99"):
         EnhancedViewStore().load_rounds(tmp_path, up_to_step=100)
