@@ -64,6 +64,9 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     depth_smoothness: float = 0.2
     """Weight of the change of rendered disparity between neighbouring pixels that look alike, on reference views. 0 is
     splatfacto."""
+    few_views: int = 12
+    """Up to so many reference views opacity decay, dropout and smoothness hold in full; with more, which keep splats in place
+    themselves, they weaken with the square of the number."""
     seen_opacity: float = 0.1
     """Opacity at which splats start from seed points that photographs agree on, in (0, 1); random ones start at 0.1."""
     opacity_decay: float = 0.99
@@ -197,11 +200,17 @@ class EnhancerModel(SplatfactoModel):
         before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
         return [TrainingCallback([before], rounds.run_if_due), *callbacks]
 
+    @property
+    def regularisation(self) -> float:
+        """Share of opacity decay, dropout and smoothness that the number of reference views asks for, in (0, 1]."""
+        return min(1.0, (self.config.few_views / self.num_train_data) ** 2)
+
     def step_post_backward(self, step: int) -> None:
         """Splatfacto's densification, then opacities decay."""
         super().step_post_backward(step)
-        if self.config.opacity_decay < 1:
-            decay_opacities(self.gauss_params["opacities"], self.config.opacity_decay)
+        lost = (1 - self.config.opacity_decay) * self.regularisation
+        if lost > 0:
+            decay_opacities(self.gauss_params["opacities"], 1 - lost)
 
     def set_reference_mean(self, colour: Tensor) -> None:
         """Mean colour of the reference photographs, sRGB in [0, 1]; kept in the checkpoint."""
@@ -321,7 +330,9 @@ class EnhancerModel(SplatfactoModel):
         if not self.training or self.config.gaussian_dropout == 0.0:
             return 0.0
         start, end = self.config.warmup_length, max(self.config.stop_split_at, self.config.warmup_length + 1)
-        return self.config.gaussian_dropout * min(max((self.step - start) / (end - start), 0.0), 1.0)
+        return (
+            self.config.gaussian_dropout * self.regularisation * min(max((self.step - start) / (end - start), 0.0), 1.0)
+        )
 
     def get_loss_dict(self, outputs, batch, metrics_dict=None) -> dict[str, Tensor]:
         """Splatfacto's loss on references, the confidence-weighted one on enhanced views, and what regularises depth."""
@@ -336,7 +347,7 @@ class EnhancerModel(SplatfactoModel):
                 losses["depth_loss"] = self.config.depth_weight * loss
         if self.config.depth_smoothness > 0:
             smoothness = disparity_smoothness(outputs["depth"], self.get_gt_img(batch["image"])[..., :3])
-            losses["depth_smoothness"] = self.config.depth_smoothness * smoothness
+            losses["depth_smoothness"] = self.config.depth_smoothness * self.regularisation * smoothness
         return losses
 
     def _enhanced_losses(self, outputs, batch) -> dict[str, Tensor]:

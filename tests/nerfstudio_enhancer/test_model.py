@@ -210,3 +210,9 @@ def test_opacities_decay_by_their_share_and_stop_above_zero() -> None:
     decay_opacities(logits, 0.5)
     # 0.8 / 2, 0.1 / 2; what is as good as gone goes no further
     torch.testing.assert_close(torch.sigmoid(logits), torch.tensor([[0.4], [0.05], [1e-6]]))
+
+
+@pytest.mark.parametrize(("few", "share"), [(3, 1.0), (12, 1.0), (1, 1 / 9)])
+def test_regularisation_weakens_with_the_square_of_the_number_of_references(few: int, share: float) -> None:
+    model = build(EnhancerModelConfig(few_views=few))  # of 3 references
+    assert model.regularisation == pytest.approx(share)
