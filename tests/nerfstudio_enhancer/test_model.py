@@ -100,7 +100,12 @@ def train(model: SplatfactoModel, steps: int = STEPS) -> SplatfactoModel:
 
 def plain() -> EnhancerModelConfig:
     return EnhancerModelConfig(
-        **SETTINGS, enhance=EnhanceConfig(prior="none"), fill_background="splatfacto", opacity_decay=1.0
+        **SETTINGS,
+        enhance=EnhanceConfig(prior="none"),
+        fill_background="splatfacto",
+        opacity_decay=1.0,
+        gaussian_dropout=0.0,
+        depth_smoothness=0.0,
     )
 
 
