@@ -65,6 +65,31 @@ def disparity_smoothness(depth: Float[Tensor, "h w 1"], photograph: Float[Tensor
     return total
 
 
+def ray_spread(moments: Float[Tensor, "h w 2"], alpha: Float[Tensor, "h w 1"]) -> Float[Tensor, ""]:
+    """Mean over the pixels of alpha times the standard deviation of disparity along the ray.
+
+    The deviation is relative to the picture's mean disparity, so that the scene's scale does not matter. Splats that share
+    a ray are drawn to one surface (as the distortion loss of Mip-NeRF 360, eq. 15, does). The variance itself would let few
+    rays that see something near through something far outweigh all others.
+
+    Args:
+        moments: disparity and its square, composited like colours over nothing.
+        alpha: accumulated opacity in [0, 1]; no gradient flows into it where it weighs pixels.
+    """
+    opacity = alpha[..., 0]
+    first, second = (moments / alpha.clamp(min=SPREAD_ALPHA_FLOOR)).unbind(-1)
+    weight = opacity.detach()
+    unit = (first.detach() * weight).sum() / weight.sum().clamp(min=1.0)
+    variance = (second - first**2).clamp(min=0) / unit.clamp(min=1 / DEPTH_CEILING) ** 2
+    return (weight * (torch.sqrt(variance + SPREAD_FLOOR**2) - SPREAD_FLOOR)).mean()
+
+
+DEPTH_CEILING = 1e6
+"""Pictures on the mean farther than this are not told from empty ones, world units."""
+SPREAD_ALPHA_FLOOR = 1e-3
+"""Opacities below this count as this much: what lies along such rays is not seen."""
+SPREAD_FLOOR = 0.01
+"""Spread of disparity, relative to the picture's mean, below which a ray counts as one surface."""
 DEPTH_FLOOR = 1e-6
 """Smallest depth that is told from others, world units."""
 MAX_DISPARITY = 5.0

@@ -24,7 +24,12 @@ from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_opencv
 from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
-from nerfstudio_enhancer.losses import confidence_weighted_photometric, depth_loss, disparity_smoothness
+from nerfstudio_enhancer.losses import (
+    confidence_weighted_photometric,
+    depth_loss,
+    disparity_smoothness,
+    ray_spread,
+)
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
@@ -43,6 +48,12 @@ torch.serialization.add_safe_globals(
 
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)
 """The colour on which splatfacto evaluates when it trains on random backgrounds."""
+
+NEAR_PLANE = 0.01
+"""Splats nearer than this are not drawn, world units (splatfacto's)."""
+
+DISPARITY_MOMENTS = "disparity_moments"
+"""Training output: disparity and its square, composited like colours over nothing. [h w 2]"""
 
 SPLATFACTO_OPACITY = 0.1
 """Opacity at which splatfacto's splats start."""
@@ -64,8 +75,10 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     depth_smoothness: float = 0.2
     """Weight of the change of rendered disparity between neighbouring pixels that look alike, on reference views. 0 is
     splatfacto."""
+    ray_spread: float = 0.03
+    """Weight of the spread of disparity among the splats of one ray: it draws them to one surface. 0 is splatfacto."""
     few_views: int = 12
-    """Up to so many reference views opacity decay, dropout and smoothness hold in full; with more, which keep splats in place
+    """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full; with more, which keep splats in place
     themselves, they weaken with the square of the number."""
     seen_opacity: float = 0.1
     """Opacity at which splats start from seed points that photographs agree on, in (0, 1); random ones start at 0.1."""
@@ -245,6 +258,11 @@ class EnhancerModel(SplatfactoModel):
         colors, sh_degree = self._colors(params)
         scales = torch.exp(params["scales"])
         supervised = max(self.config.depth_weight, self.config.depth_smoothness) > 0
+        with_spread = self.training and self.config.ray_spread > 0
+        if with_spread:
+            extra = _disparity_moments(params["means"], viewmat)
+        else:
+            extra = None if self.training else scales
         with_depth = self.config.output_depth_during_training or supervised or not self.training
         render, alpha, self.info = rasterization(
             means=params["means"],
@@ -257,20 +275,23 @@ class EnhancerModel(SplatfactoModel):
             width=width,
             height=height,
             packed=False,
-            near_plane=0.01,
+            near_plane=NEAR_PLANE,
             far_plane=1e10,
             render_mode="RGB+ED" if with_depth else "RGB",
             sh_degree=sh_degree,
             sparse_grad=False,
             absgrad=self.strategy.absgrad,
             rasterize_mode=self.config.rasterize_mode,
-            extra_features=None if self.training else scales,
+            extra_features=extra,
         )
         if self.training:
             self.strategy.step_pre_backward(
                 self.gauss_params, self.optimizers, self.strategy_state, self.step, self.info
             )
-        return self._compose(render, alpha, camera, with_depth)
+        outputs = self._compose(render, alpha, camera, with_depth)
+        if with_spread:
+            outputs[DISPARITY_MOMENTS] = render[0, ..., 3:5]
+        return outputs
 
     def _compose(self, render: Tensor, alpha: Tensor, camera: Cameras, with_depth: bool) -> dict:
         background = self._get_background_color()
@@ -345,6 +366,9 @@ class EnhancerModel(SplatfactoModel):
                 trusted = _nearest(batch[TRUSTED_DEPTH].to(depth), depth.shape[0], depth.shape[1])
                 loss = depth_loss(depth, outputs["accumulation"], trusted)
                 losses["depth_loss"] = self.config.depth_weight * loss
+        if self.config.ray_spread > 0:
+            spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
+            losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
         if self.config.depth_smoothness > 0:
             smoothness = disparity_smoothness(outputs["depth"], self.get_gt_img(batch["image"])[..., :3])
             losses["depth_smoothness"] = self.config.depth_smoothness * self.regularisation * smoothness
@@ -364,6 +388,13 @@ class EnhancerModel(SplatfactoModel):
             distance = lpips_alex(*(to_channels_first(image[None]) for image in (rendered, target))).mean()
             losses["perceptual_loss"] = self.config.enhance.lpips_weight * batch["image_confidence"] * distance
         return losses
+
+
+def _disparity_moments(means: Tensor, viewmat: Tensor) -> Tensor:
+    """Disparity of every splat and its square, [n 2], per world unit."""
+    depth = means @ viewmat[0, 2, :3] + viewmat[0, 2, 3]
+    disparity = 1 / depth.clamp(min=NEAR_PLANE)
+    return torch.stack([disparity, disparity**2], dim=-1)
 
 
 @torch.no_grad()

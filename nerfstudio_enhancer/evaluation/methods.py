@@ -158,6 +158,7 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
         model.gaussian_dropout = 0.0
         model.opacity_decay = 1.0
         model.depth_smoothness = 0.0
+        model.ray_spread = 0.0
 
 
 def with_seed_points(config: TrainerConfig, source: SeedSource) -> None:

@@ -5,7 +5,7 @@ import torch
 from pytorch_msssim import SSIM
 from torch.testing import assert_close
 
-from nerfstudio_enhancer.losses import confidence_weighted_photometric, disparity_smoothness
+from nerfstudio_enhancer.losses import confidence_weighted_photometric, disparity_smoothness, ray_spread
 
 
 def images(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,3 +75,40 @@ def test_disparity_of_pixels_where_nothing_is_stays_finite() -> None:
     assert loss.isfinite()
     assert depth.grad is not None
     assert depth.grad.isfinite().all()
+
+
+def moments_of(disparities: list[list[float]], weights: list[list[float]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What compositing splats of these disparities with these weights gives, one row of pixels."""
+    d, w = torch.tensor(disparities), torch.tensor(weights)
+    return torch.stack([(w * d).sum(-1), (w * d**2).sum(-1)], dim=-1)[None], w.sum(-1)[None, :, None]
+
+
+def test_ray_spread_by_hand() -> None:
+    # Left: 1 and 3 in equal parts, deviation 1 around 2. Right: one surface at 2. The picture's mean is 2.
+    moments, alpha = moments_of([[1.0, 3.0], [2.0, 2.0]], [[0.5, 0.5], [0.4, 0.6]])
+    deviation = math.sqrt(0.25 + 1e-4) - 0.01
+    assert float(ray_spread(moments, alpha)) == pytest.approx(deviation / 2, rel=1e-4)
+
+
+def test_ray_spread_does_not_know_the_scenes_scale() -> None:
+    near, alpha = moments_of([[1.0, 3.0], [2.0, 2.5]], [[0.5, 0.3], [0.4, 0.1]])
+    far = moments_of([[0.1, 0.3], [0.2, 0.25]], [[0.5, 0.3], [0.4, 0.1]])[0]
+    assert_close(ray_spread(near, alpha), ray_spread(far, alpha))
+
+
+def test_ray_spread_of_an_empty_picture_is_zero_and_has_finite_gradients() -> None:
+    moments = torch.zeros(4, 4, 2, requires_grad=True)
+    loss = ray_spread(moments, torch.zeros(4, 4, 1))
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert moments.grad is not None
+    assert torch.isfinite(moments.grad).all()
+
+
+def test_ray_spread_draws_the_splats_of_a_ray_together() -> None:
+    disparity = torch.tensor([1.0, 3.0], requires_grad=True)
+    weights = torch.tensor([0.5, 0.4])
+    moments = torch.stack([(weights * disparity).sum(), (weights * disparity**2).sum()])[None, None]
+    ray_spread(moments, weights.sum().reshape(1, 1, 1)).backward()
+    assert disparity.grad is not None
+    assert disparity.grad[0] < 0 < disparity.grad[1]

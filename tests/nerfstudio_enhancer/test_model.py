@@ -12,7 +12,8 @@ from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from torch.testing import assert_close
 
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
-from nerfstudio_enhancer.model import EnhancerModel, EnhancerModelConfig, decay_opacities
+from nerfstudio_enhancer.losses import ray_spread
+from nerfstudio_enhancer.model import DISPARITY_MOMENTS, EnhancerModel, EnhancerModelConfig, decay_opacities
 from nerfstudio_enhancer.rasterize import rasterization
 
 STEPS = 12
@@ -106,6 +107,7 @@ def plain() -> EnhancerModelConfig:
         opacity_decay=1.0,
         gaussian_dropout=0.0,
         depth_smoothness=0.0,
+        ray_spread=0.0,
     )
 
 
@@ -221,3 +223,24 @@ def test_opacities_decay_by_their_share_and_stop_above_zero() -> None:
 def test_regularisation_weakens_with_the_square_of_the_number_of_references(few: int, share: float) -> None:
     model = build(EnhancerModelConfig(few_views=few))  # of 3 references
     assert model.regularisation == pytest.approx(share)
+
+
+def test_the_spread_of_a_ray_enters_the_loss_with_its_weight() -> None:
+    config = plain()
+    config.ray_spread = 0.5
+    model = train(build(config), 1)
+    assert "ray_spread" not in train(build(plain()), 1).get_loss_dict(model.get_outputs(camera(0)), batch(0))
+    outputs = model.get_outputs(camera(0))
+    moments, alpha = outputs[DISPARITY_MOMENTS], outputs["accumulation"]
+    losses = model.get_loss_dict(outputs, batch(0))
+    assert_close(losses["ray_spread"], 0.5 * ray_spread(moments, alpha))
+
+    disparity = 1 / (camera(0).camera_to_worlds[0, 2, 3] - model.means[:, 2]).detach()  # it looks down -z
+    composited = (moments[..., 0] / alpha[..., 0])[alpha[..., 0] > 0.05]
+    assert disparity.min() <= composited.min() * 1.001
+    assert composited.max() <= disparity.max() * 1.001
+
+    model.zero_grad()
+    losses["ray_spread"].backward()
+    assert model.means.grad is not None
+    assert model.means.grad[:, 2].abs().sum() > 0
