@@ -144,6 +144,7 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
     sources = WarpSources.of(model, references.photographs, references.cameras)
+    mean = mean_colour(references)
     done = 0
     clips = []
     for trajectory in trajectories:
@@ -155,7 +156,7 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
         inner = slice(1, -1)
         ends = (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered))
         condition = condition_clip(rendered, ends, cameras, sources)
-        frames = _feed(rendered, condition, config, prior, generator, mean_colour(references).to(rendered.rgb))
+        frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
         need = view_need(condition, config.unseen_range)[inner].cpu()
         clips.append(_UnweighedClip(frames[inner], middle, cameras[inner], need))
