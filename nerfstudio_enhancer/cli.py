@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from nerfstudio_enhancer.depth_training.train_depth import TrainDepth
 from nerfstudio_enhancer.evaluation.benchmark import Benchmark
 from nerfstudio_enhancer.pairs.make_pairs import MakePairs
 
@@ -92,6 +93,7 @@ class TimePrior:
 COMMANDS = {
     "benchmark": Benchmark,
     "make-pairs": MakePairs,
+    "train-depth": TrainDepth,
     "bench-rasterizer": BenchRasterizer,
     "inspect-prior": InspectPrior,
     "plan-prior": PlanPrior,
@@ -104,7 +106,7 @@ def main(arguments: list[str] | None = None) -> None:
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="ns-enhancer",
-        description="Commands beside nerfstudio's own: benchmarks, training pairs for the prior, and checks.",
+        description="Commands beside nerfstudio's own: benchmarks, training of prior and depth network, and checks.",
         args=arguments,
         sort_subcommands=False,
     )
@@ -122,6 +124,7 @@ def _run(command: object) -> None:
     runners: dict[type, Callable] = {
         Benchmark: _benchmark,
         MakePairs: _make_pairs,
+        TrainDepth: _train_depth,
         BenchRasterizer: _bench_rasterizer,
         InspectPrior: _inspect_prior,
         PlanPrior: _plan_prior,
@@ -140,6 +143,12 @@ def _make_pairs(command: MakePairs) -> None:
     from nerfstudio_enhancer.pairs.make_pairs import make_pairs
 
     make_pairs(command)
+
+
+def _train_depth(command: TrainDepth) -> None:
+    from nerfstudio_enhancer.depth_training.train_depth import train_depth
+
+    print(f"The weights are in {train_depth(command)}.")
 
 
 def _bench_rasterizer(command: BenchRasterizer) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
@@ -42,7 +43,10 @@ def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
 
 
 def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
-    """Write reference | stereo disparity | the same where it is trusted, a row per reference view (at most 24), as PNG."""
+    """Write reference | stereo disparity | the same where it is trusted | the depth network's, a row per view, as PNG.
+
+    At most 24 views, spread over all; the last column is left out without the network.
+    """
     from nerfstudio.utils.colormaps import apply_float_colormap
 
     rows = []
@@ -50,9 +54,17 @@ def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
         disparity = 1 / depth.depth.clamp(min=1e-9).cpu()
         known = disparity[depth.consistent.cpu()]
         far, near = known.quantile(torch.tensor([0.02, 0.98])) if known.numel() else disparity.aminmax()
-        share = ((disparity - far) / (near - far).clamp(min=1e-9)).clamp(0, 1)
-        coloured = apply_float_colormap(share[..., None], "turbo")
-        rows.append([depth.view.rgb.cpu(), coloured, coloured * depth.consistent[..., None].cpu()])
+
+        def coloured(disparity: Tensor, far: Tensor = far, near: Tensor = near) -> Tensor:
+            share = ((disparity.cpu() - far) / (near - far).clamp(min=1e-9)).clamp(0, 1)
+            return apply_float_colormap(share[..., None], "turbo")
+
+        picture = coloured(disparity)
+        row = [depth.view.rgb.cpu(), picture, picture * depth.consistent[..., None].cpu()]
+        if depth.likely is not None:
+            median = (1 / depth.likely.quantile(0.5))[None, None]
+            row.append(coloured(F.interpolate(median, depth.view.size, mode="nearest")[0, 0]))
+        rows.append(row)
     write_sheet(path, rows)
 
 

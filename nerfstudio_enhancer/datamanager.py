@@ -12,7 +12,7 @@ from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH, SparseViewsDataParserConfig
 
-TRUSTED_DEPTH = "trusted_depth"
+KNOWN_DEPTH = "known_depth"
 """Key of a batch under which the stereo depth of its reference lies."""
 
 
@@ -71,20 +71,20 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         index = self._reference_index(step)
         self.train_unseen_cameras = [index]
         camera, batch = super().next_train(step)
-        depth = self._trusted_depth(index)
+        depth = self._known_depth(index)
         if depth is not None:
-            batch[TRUSTED_DEPTH] = depth
+            batch[KNOWN_DEPTH] = depth
         return camera, batch
 
-    def _trusted_depth(self, index: int) -> torch.Tensor | None:
-        """Stereo depth of a reference at its training camera [h w 1], 0 where there is none; None without stereo."""
+    def _known_depth(self, index: int) -> torch.Tensor | None:
+        """Depth of a reference at its training camera and its certainty [h w 2] (`known_depth`); None without stereo."""
         depths = self.train_dataparser_outputs.metadata.get(STEREO_DEPTH, ())
         if not depths:
             return None
         if index not in self._depth_at_reference:
-            from nerfstudio_enhancer.stereo.seeds import trusted_depth
+            from nerfstudio_enhancer.stereo.seeds import known_depth
 
-            depth = trusted_depth(depths[index], self.train_cameras[index : index + 1])
+            depth = known_depth(depths[index], self.train_cameras[index : index + 1])
             self._depth_at_reference[index] = depth.to(self.device)
         return self._depth_at_reference[index]
 

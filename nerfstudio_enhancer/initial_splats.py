@@ -5,7 +5,7 @@ in the references' frusta where they tell nothing. pycolmap is imported only whe
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
@@ -298,14 +298,20 @@ def _with_stereo(
     views: Sequence[ReferenceView], seen: SeedPoints, config: SeedPointsConfig
 ) -> tuple[SeedPoints, tuple["StereoDepth", ...]]:
     """Points where stereo depth is consistent, before the given ones, and the depth itself: a function of the views."""
-    from nerfstudio_enhancer.stereo.seeds import consistent_points, stereo_depths
+    from nerfstudio_enhancer.stereo.depth import estimate_depth
+    from nerfstudio_enhancer.stereo.predict import predict_depth
+    from nerfstudio_enhancer.stereo.seeds import consistent_points, stereo_views
 
     ranges = [
         (near * config.stereo.nearer, far * config.stereo.farther)
         for near, far in _depth_ranges(views, seen.xyz.double().numpy(), config)
     ]
     generator = torch.Generator().manual_seed(STEREO_SEED)
-    depths = stereo_depths(views, ranges, config.stereo, generator)
+    pictures = stereo_views(views, config.stereo)
+    depths = estimate_depth(pictures, ranges, config.stereo, generator)
+    if config.stereo.depth_network:
+        likely = predict_depth(pictures, ranges, config.stereo.max_sources)
+        depths = [replace(depth, likely=distribution) for depth, distribution in zip(depths, likely)]
     points = consistent_points(depths, config.max_stereo_points, generator)
     both = SeedPoints(
         torch.cat([points.xyz, seen.xyz]), torch.cat([points.rgb, seen.rgb]), points.num_seen + seen.num_seen
@@ -670,7 +676,8 @@ def random_points_in_frusta(
 ) -> SeedPoints:
     """Random pixels of random references, put at a random depth within the depths of the points seen there.
 
-    The depth is uniform in its logarithm; the colour is that of the pixel. A reference that sees fewer than
+    The depth is distributed as the depth network says where it is given, else uniformly in its logarithm; the colour is
+    that of the pixel. A reference that sees fewer than
     `min_triangulated` points takes the depth range of all of them. Pixels with stereo depth get no random point.
     """
     if num_points <= 0:
@@ -690,7 +697,15 @@ def random_points_in_frusta(
             unexplained = usable & unexplained_pixels(depths[index], view)
             usable = unexplained if unexplained.any() else usable
         pixel = _pixels_among(usable, where[chosen])
-        xyz[chosen] = view.to_world(_finite_rays(view.normalised(pixel)), near * (far / near) ** between[chosen])
+        straight = _finite_rays(view.normalised(pixel))
+        likely = depths[index].likely if depths else None
+        if likely is not None:
+            from nerfstudio_enhancer.stereo.seeds import drawn_depth
+
+            depth = drawn_depth(likely, straight, between[chosen])
+        else:
+            depth = near * (far / near) ** between[chosen]
+        xyz[chosen] = view.to_world(straight, depth)
         rgb[chosen] = view.colours_at(pixel)
     return SeedPoints(torch.from_numpy(xyz.astype(np.float32)), torch.from_numpy(rgb), 0)
 

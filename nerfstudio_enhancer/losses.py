@@ -31,19 +31,23 @@ def confidence_weighted_photometric(
 
 
 def depth_loss(
-    depth: Float[Tensor, "h w 1"], alpha: Float[Tensor, "h w 1"], trusted: Float[Tensor, "h w 1"]
+    depth: Float[Tensor, "h w 1"],
+    alpha: Float[Tensor, "h w 1"],
+    known: Float[Tensor, "h w 1"],
+    certainty: Float[Tensor, "h w 1"],
 ) -> Float[Tensor, ""]:
-    """Mean of |log depth - log trusted depth| over the pixels with trusted depth, each weighted by its opacity.
+    """Mean of |log depth - log known depth| over the pixels, each weighted by its opacity and the certainty.
 
     The logarithm makes it free of the scene's scale, and one far splat counts no more than one near by.
 
     Args:
         depth: expected depth of the render, world units, > 0 where something is seen.
         alpha: accumulated opacity in [0, 1]; no gradient flows into it.
-        trusted: depth to be had, 0 where none is known.
+        known: depth to be had; without meaning where the certainty is 0.
+        certainty: in [0, 1].
     """
-    weight = alpha.detach() * (trusted > 0)
-    ratio = torch.log(depth.clamp(min=DEPTH_FLOOR)) - torch.log(trusted.clamp(min=DEPTH_FLOOR))
+    weight = alpha.detach() * certainty
+    ratio = torch.log(depth.clamp(min=DEPTH_FLOOR)) - torch.log(known.clamp(min=DEPTH_FLOOR))
     return (weight * ratio.abs()).sum() / weight.sum().clamp(min=1.0)
 
 

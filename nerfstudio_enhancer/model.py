@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_opencv
-from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH
+from nerfstudio_enhancer.datamanager import KNOWN_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.losses import (
     confidence_weighted_photometric,
@@ -70,8 +70,8 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     """Colour behind the splats in evaluation and in the prior's input: the mean colour of the reference photographs, or
     splatfacto's own fixed colour. Training composites on random colours either way."""
     depth_weight: float = 0.0
-    """Weight of the depth loss: on reference views the rendered depth is pulled to the stereo depth where that is
-    consistent. 0 is splatfacto."""
+    """Weight of the depth loss: on reference views the rendered depth is pulled to the stereo depth where that is consistent,
+    and to what the depth network says elsewhere, as far as it is certain. 0 is splatfacto."""
     depth_smoothness: float = 0.2
     """Weight of the change of rendered disparity between neighbouring pixels that look alike, on reference views. 0 is
     splatfacto."""
@@ -361,10 +361,10 @@ class EnhancerModel(SplatfactoModel):
             losses = self._enhanced_losses(outputs, batch)
         else:
             losses = super().get_loss_dict(outputs, batch, metrics_dict)
-            if self.config.depth_weight > 0 and TRUSTED_DEPTH in batch:
+            if self.config.depth_weight > 0 and KNOWN_DEPTH in batch:
                 depth = outputs["depth"]
-                trusted = _nearest(batch[TRUSTED_DEPTH].to(depth), depth.shape[0], depth.shape[1])
-                loss = depth_loss(depth, outputs["accumulation"], trusted)
+                known, certainty = _nearest(batch[KNOWN_DEPTH].to(depth), *depth.shape[:2]).split(1, dim=-1)
+                loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
         if self.config.ray_spread > 0:
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
@@ -409,7 +409,7 @@ LEAST_OPACITY = 1e-6
 
 
 def _nearest(image: Tensor, height: int, width: int) -> Tensor:
-    """An image [h w c] at another size without mixing its values: beside trusted depth may lie none (0)."""
+    """An image [h w c] at another size without mixing its values: beside known depth may lie none (0)."""
     if tuple(image.shape[:2]) == (height, width):
         return image
     resized = torch.nn.functional.interpolate(image.permute(2, 0, 1)[None], (height, width), mode="nearest-exact")

@@ -45,7 +45,7 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     set_prior(config, settings.prior if method.feed == "enhanced" else "none", method.feed or "enhanced")
     with_additions(config, method.additions)
     with_settings(config, method.settings)
-    with_seed_points(config, method.seed_points)
+    with_seed_points(config, method.seed_points, method.depth_network)
     datamanager, dataparser = datamanager_of(config), dataparser_of(config)
     config.data = datamanager.data = cell.data
     dataparser.split_rule = settings.protocol.split_rule

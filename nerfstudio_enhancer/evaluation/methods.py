@@ -33,6 +33,8 @@ class Method:
     """Which of the method's own additions to splatfacto it has, beside seed points and prior."""
     seed_points: SeedSource = "auto"
     """Where its first splats lie; `auto`: the best seed points that can be had."""
+    depth_network: bool = True
+    """Whether its random points lie where the depth network says."""
     feed: Feed | None = None
     """What its rounds feed back; None: no rounds."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -42,19 +44,21 @@ class Method:
     def shares_first_stage(self) -> bool:
         """Whether its training up to the first round is the same as that of `geometry`."""
         own = all(name.startswith("enhance.") for name in self.settings)
-        return self.additions == ADDITIONS and self.seed_points == "auto" and own
+        return self.additions == ADDITIONS and self.seed_points == "auto" and self.depth_network and own
 
 
 METHODS = {
     "splatfacto-random": Method("plain splatfacto from random points", additions=(), seed_points="random"),
     "triangulated": Method("plain splatfacto from triangulated points", additions=(), seed_points="triangulated"),
-    "splatfacto": Method("plain splatfacto from our seed points (stereo)", additions=()),
+    "stereo": Method("plain splatfacto from stereo points", additions=(), depth_network=False),
+    "splatfacto": Method("plain splatfacto from our seed points (stereo and depth network)", additions=()),
     "background": Method("the same with a sensible background", additions=("background",)),
     "depth-loss": Method(
         "with background and a depth loss of weight 0.1", additions=("background",), settings={"depth_weight": 0.1}
     ),
     "regularised": Method("with the regularisation, without the background", additions=("regularisation",)),
     "geometry-depth-loss": Method("every addition and a depth loss of weight 0.1", settings={"depth_weight": 0.1}),
+    "no-depth-network": Method("every addition but the prior and the depth network", depth_network=False),
     "geometry": Method("every addition but the prior"),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
@@ -161,9 +165,11 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
         model.ray_spread = 0.0
 
 
-def with_seed_points(config: TrainerConfig, source: SeedSource) -> None:
+def with_seed_points(config: TrainerConfig, source: SeedSource, depth_network: bool = True) -> None:
     """Choose, in place, where the first splats lie."""
-    dataparser_of(config).seed_points = source
+    dataparser = dataparser_of(config)
+    dataparser.seed_points = source
+    dataparser.initial.stereo.depth_network = depth_network
 
 
 def with_settings(config: TrainerConfig, settings: Mapping[str, Any]) -> None:

@@ -64,7 +64,7 @@ def make_runs(training: SplatTraining, steps: Sequence[int]) -> int:
     views = _LeftOutViews.read(trainer.pipeline.datamanager)
     begin = 0
     for end in sorted(steps):
-        _train(trainer, begin, end)
+        train_steps(trainer, begin, end)
         begin = end
         run = _render_run(trainer, training, views, end)
         folder = run_folder(training.output, training.scene, training.num_views, training.seed, end)
@@ -139,7 +139,7 @@ def reference_names(frames: Sequence[Frame], num_views: int) -> list[str]:
     return [alike[i] for i in np.linspace(0, len(alike) - 1, num_views).round().astype(int)]
 
 
-def _train(trainer: Trainer, begin: int, end: int) -> None:
+def train_steps(trainer: Trainer, begin: int, end: int) -> None:
     """Nerfstudio's training loop without viewer, logging, evaluation and checkpoints."""
     pipeline = trainer.pipeline
     for step in range(begin, end):

@@ -59,6 +59,9 @@ class StereoConfig:
     """First depth."""
     refine: RefineConfig = field(default_factory=RefineConfig)
     """Slanted refinement; 0 iterations leave it out."""
+    depth_network: bool = True
+    """Whether a bundled network says what depth is likely where the photographs do not agree; else random points there are
+    uniform in the logarithm of depth."""
     max_reprojection_px: float = 1.5
     """Two views agree on a pixel if it comes back within this distance through the other view's depth."""
     max_relative_depth: float = 0.02

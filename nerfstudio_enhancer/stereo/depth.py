@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nerfstudio_enhancer.projection import NEAREST, back_project, project
 from nerfstudio_enhancer.stereo.config import StereoConfig, SweepConfig
+from nerfstudio_enhancer.stereo.predict import DepthDistribution
 from nerfstudio_enhancer.stereo.refine import Planes, refine
 from nerfstudio_enhancer.stereo.sweep import (
     aggregate,
@@ -33,6 +34,8 @@ class StereoDepth:
     """Along the optical axis, world units."""
     consistent: Bool[Tensor, "h w"]
     """Pixels whose depth is trusted."""
+    likely: DepthDistribution | None = None
+    """What the depth network says of every pixel, trusted or not; None without it."""
 
 
 def estimate_depth(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scenes import tiny_scene, write_nerfstudio_folder
 
-from nerfstudio_enhancer.datamanager import TRUSTED_DEPTH, EnhancerDataManager, EnhancerDataManagerConfig
+from nerfstudio_enhancer.datamanager import KNOWN_DEPTH, EnhancerDataManager, EnhancerDataManagerConfig
 from nerfstudio_enhancer.initial_splats import SeedPointsConfig
 from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 from nerfstudio_enhancer.stereo.config import StereoConfig
@@ -31,14 +31,15 @@ def test_no_seed_points_are_searched_where_a_finished_model_is_evaluated(tmp_pat
         data_manager(tmp_path / "b", "val")
 
 
-def test_batches_of_references_carry_their_trusted_depth(tmp_path: Path) -> None:
-    initial = SeedPointsConfig(stereo=StereoConfig(sweep_px=80, refine_px=100))
+def test_batches_of_references_carry_what_is_known_of_their_depth(tmp_path: Path) -> None:
+    initial = SeedPointsConfig(stereo=StereoConfig(sweep_px=80, refine_px=100, depth_network=False))
     manager = data_manager(tmp_path, "val", seed_points="stereo", initial=initial)
     scale = manager.train_dataparser_outputs.dataparser_scale
     camera, batch = manager.next_train(0)
-    trusted = batch[TRUSTED_DEPTH]
-    assert trusted.shape == (60, 80, 1) == (*batch["image"].shape[:2], 1)
-    assert 0.3 < float((trusted > 0).float().mean()) < 1
+    trusted = batch[KNOWN_DEPTH]
+    assert trusted.shape == (60, 80, 2) == (*batch["image"].shape[:2], 2)
+    assert torch.equal(trusted[..., 1] > 0, trusted[..., 0] > 0)
+    assert 0.3 < float((trusted[..., 0] > 0).float().mean()) < 1
     assert camera.metadata is not None
     index = int(camera.metadata["cam_idx"])
     # References are the first, the middle and the last of five; the scene's own depth at the centres of 2 x 2 pixels.
@@ -49,4 +50,4 @@ def test_batches_of_references_carry_their_trusted_depth(tmp_path: Path) -> None
 
 def test_without_stereo_batches_carry_no_depth(tmp_path: Path) -> None:
     manager = data_manager(tmp_path, "val", seed_points="random")
-    assert TRUSTED_DEPTH not in manager.next_train(0)[1]
+    assert KNOWN_DEPTH not in manager.next_train(0)[1]

@@ -12,8 +12,9 @@ from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, 
 from nerfstudio_enhancer.losses import depth_loss
 from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
 from nerfstudio_enhancer.stereo.depth import StereoDepth, estimate_depth
+from nerfstudio_enhancer.stereo.predict import DepthDistribution
 from nerfstudio_enhancer.stereo.refine import refine
-from nerfstudio_enhancer.stereo.seeds import consistent_points, trusted_depth, unexplained_pixels, world_points
+from nerfstudio_enhancer.stereo.seeds import consistent_points, known_depth, unexplained_pixels, world_points
 from nerfstudio_enhancer.stereo.sweep import (
     UNSEEN,
     BetterHalf,
@@ -285,33 +286,46 @@ def two_pixels(depth: float) -> StereoDepth:
     return StereoDepth(view, torch.full((1, 2), depth), torch.tensor([[False, True]]))
 
 
-def test_trusted_depth_is_looked_up_along_the_ray_of_each_pixel() -> None:
+def test_known_depth_is_looked_up_along_the_ray_of_each_pixel() -> None:
     # The camera has 4 x 2 pixels and focal length 1: its pixels look along x / z = -1.5, -0.5, 0.5, 1.5. Those at 0.5
     # fall on the right pixel of the view (0 to 1), those at -0.5 on the left one, the others on none.
     training = Cameras(camera_to_worlds=torch.eye(4)[None, :3], fx=1.0, fy=1.0, cx=2.0, cy=1.0, width=4, height=2)
-    found = trusted_depth(two_pixels(3.0), training)
-    assert found[..., 0].tolist() == [[0, 0, 3, 0]] * 2
+    depth, certainty = known_depth(two_pixels(3.0), training).unbind(-1)
+    assert depth.tolist() == [[0, 0, 3, 0]] * 2
+    assert certainty.tolist() == [[0, 0, 1, 0]] * 2
+    # The left pixel has half its probability at inverse depth 0.5, a quarter at 0.4 and at 0.6; each stands for 0.1.
+    planes, shares = torch.tensor([0.4, 0.5, 0.6]), torch.tensor([0.25, 0.5, 0.25])
+    two = two_pixels(3.0)
+    likely = DepthDistribution(two.view, planes, shares[:, None, None].expand(3, 1, 2))
+    depth, certainty = known_depth(replace(two, likely=likely), training).unbind(-1)
+    assert depth.flatten().tolist() == pytest.approx([0, 2, 3, 0] * 2)
+    half_certain = 1 / (1 + (np.log(0.55 / 0.45) / 0.1) ** 2)
+    assert certainty.flatten().tolist() == pytest.approx([0, half_certain, 1, 0] * 2, rel=1e-4)
 
 
-def test_the_depth_loss_is_the_mean_log_ratio_over_trusted_pixels() -> None:
-    # |log(2 / 1)| with opacity 1 and |log(1 / e)| with opacity 0.5; the third pixel is not trusted.
+def test_the_depth_loss_is_the_mean_log_ratio_weighted_by_opacity_and_certainty() -> None:
+    # |log(2 / 1)| with opacity 1 and |log(1 / e)| with opacity 0.5; nothing is known of the third pixel.
     depth = torch.tensor([[[2.0], [1.0], [7.0]]], requires_grad=True)
     alpha = torch.tensor([[[1.0], [0.5], [1.0]]], requires_grad=True)
-    trusted = torch.tensor([[[1.0], [np.e], [0.0]]])
-    loss = depth_loss(depth, alpha, trusted)
+    known = torch.tensor([[[1.0], [np.e], [0.0]]])
+    certainty = torch.tensor([[[1.0], [1.0], [0.0]]])
+    loss = depth_loss(depth, alpha, known, certainty)
     assert loss.item() == pytest.approx((np.log(2) + 0.5) / 1.5, rel=1e-6)
     loss.backward()
     assert alpha.grad is None
     # d log(2) / 2 = 1 / 2, weighted by 1 / 1.5; the second pixel lies in front and is pulled back.
     assert depth.grad is not None
     torch.testing.assert_close(depth.grad.flatten(), torch.tensor([0.5 / 1.5, -0.5 / 1.5, 0.0]))
+    less_certain = depth_loss(depth, alpha, known, torch.tensor([[[1.0], [0.5], [0.0]]]))
+    assert less_certain.item() == pytest.approx((np.log(2) + 0.25) / 1.25, rel=1e-6)
 
 
-def test_the_depth_loss_knows_no_scale_and_is_zero_without_trusted_depth() -> None:
+def test_the_depth_loss_knows_no_scale_and_is_zero_without_known_depth() -> None:
     generator = torch.Generator().manual_seed(0)
-    depth, alpha, trusted = (torch.rand(4, 5, 1, generator=generator) + 0.1 for _ in range(3))
-    torch.testing.assert_close(depth_loss(1000 * depth, alpha, 1000 * trusted), depth_loss(depth, alpha, trusted))
-    assert depth_loss(depth, alpha, torch.zeros_like(depth)).item() == 0
+    depth, alpha, known, certainty = (torch.rand(4, 5, 1, generator=generator) + 0.1 for _ in range(4))
+    scaled = depth_loss(1000 * depth, alpha, 1000 * known, certainty)
+    torch.testing.assert_close(scaled, depth_loss(depth, alpha, known, certainty))
+    assert depth_loss(depth, alpha, torch.zeros_like(depth), torch.zeros_like(depth)).item() == 0
 
 
 def test_the_depth_sheet_shows_each_reference_with_and_without_its_untrusted_depth(tmp_path) -> None:

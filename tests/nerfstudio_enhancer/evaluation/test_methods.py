@@ -60,11 +60,13 @@ def test_only_methods_with_all_additions_share_the_first_stage():
     assert [name for name, method in METHODS.items() if not method.shares_first_stage] == [
         "splatfacto-random",
         "triangulated",
+        "stereo",
         "splatfacto",
         "background",
         "depth-loss",
         "regularised",
         "geometry-depth-loss",
+        "no-depth-network",
     ]
 
 
