@@ -334,3 +334,13 @@ def test_the_depth_sheet_shows_each_reference_with_and_without_its_untrusted_dep
     assert sheet.shape == (1, 6, 3)  # photograph, disparity, trusted disparity of 2 x 1 pixels each
     assert sheet[0, 4].tolist() == [0, 0, 0]
     assert sheet[0, 5].tolist() == sheet[0, 3].tolist() != [0, 0, 0]
+
+
+def test_the_depth_sheet_shows_what_the_network_says_beside_stereo(tmp_path) -> None:
+    two = two_pixels(3.0)
+    probability = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    likely = DepthDistribution(two.view, torch.tensor([0.2, 0.4]), probability)
+    write_depth_sheet(tmp_path / "sheet.png", [replace(two, likely=likely)])
+    sheet = np.array(Image.open(tmp_path / "sheet.png"))
+    assert sheet.shape == (1, 8, 3)
+    assert sheet[0, 6].tolist() != sheet[0, 7].tolist()  # far left, near right
