@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from nerfstudio_enhancer.initial_splats import ReferenceView
+
 BOX_LOW, BOX_HIGH = np.array([-0.45, -0.45, 0.0]), np.array([0.45, 0.45, 0.9])
 FLOOR_HALF_SIDE, WALL_Y, WALL_HEIGHT = 3.0, 2.0, 2.5
 SKY_RGB = np.array([0.55, 0.7, 0.9])
@@ -146,6 +148,22 @@ def visible_points(scene: TinyScene, index: int, points: np.ndarray) -> tuple[np
     column, row = np.clip(column, 0, scene.width - 1), np.clip(row, 0, scene.height - 1)
     seen = np.flatnonzero(inside & (np.abs(scene.depth[index, row, column] - z) < 0.05 * z))
     return seen, pixel[seen]
+
+
+def reference_view(scene: TinyScene, index: int) -> ReferenceView:
+    """One photograph as a reference view of the package."""
+    return ReferenceView(
+        world_to_camera=scene.world_to_camera_opencv(index),
+        fx=scene.focal_px,
+        fy=scene.focal_px,
+        cx=scene.width / 2,
+        cy=scene.height / 2,
+        width=scene.width,
+        height=scene.height,
+        distortion=(0.0,) * 6,
+        fisheye=False,
+        read_pixels=lambda: (scene.images[index], np.ones(scene.images.shape[1:3], dtype=bool)),
+    )
 
 
 def _look_at_box(angle_rad: float) -> np.ndarray:

@@ -3,13 +3,13 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from scenes import TinyScene, tiny_scene, write_nerfstudio_folder
+from scenes import reference_view, tiny_scene, write_nerfstudio_folder
 
 from nerfstudio_enhancer.depth_training.fit import augmented, fit, plane_cross_entropy
 from nerfstudio_enhancer.depth_training.samples import confirmed_by, make_samples
 from nerfstudio_enhancer.depth_training.train_depth import TrainDepth, train_depth
 from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, store_views
-from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, random_points_in_frusta
+from nerfstudio_enhancer.initial_splats import SeedPointsConfig, random_points_in_frusta
 from nerfstudio_enhancer.stereo.depth import StereoDepth
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork, DepthNetworkConfig
 from nerfstudio_enhancer.stereo.predict import DepthDistribution, costs_of, load_network, predict_depth, save_network
@@ -17,21 +17,6 @@ from nerfstudio_enhancer.stereo.seeds import drawn_depth
 from nerfstudio_enhancer.stereo.views import StereoView, stereo_view
 
 TINY = DepthNetworkConfig(num_planes=8, widths=(8, 16), picture_features=8)
-
-
-def reference(scene: TinyScene, index: int) -> ReferenceView:
-    return ReferenceView(
-        world_to_camera=scene.world_to_camera_opencv(index),
-        fx=scene.focal_px,
-        fy=scene.focal_px,
-        cx=scene.width / 2,
-        cy=scene.height / 2,
-        width=scene.width,
-        height=scene.height,
-        distortion=(0.0,) * 6,
-        fisheye=False,
-        read_pixels=lambda: (scene.images[index], np.ones(scene.images.shape[1:3], dtype=bool)),
-    )
 
 
 def blank_view(height: int = 1, width: int = 2) -> StereoView:
@@ -79,7 +64,7 @@ def test_rays_are_looked_up_at_their_pixel() -> None:
 
 def test_random_points_lie_where_the_network_says() -> None:
     scene = tiny_scene(num_images=3, width=64, height=48)
-    views = [reference(scene, index) for index in range(3)]
+    views = [reference_view(scene, index) for index in range(3)]
     seen = np.random.default_rng(0).uniform([-0.4, -0.4, 0], [0.4, 0.4, 0.9], (400, 3))
     planes = torch.linspace(0.1, 1.0, 10)
     probability = torch.zeros(10, 48, 64)
@@ -117,7 +102,7 @@ def test_the_network_takes_any_size_and_starts_from_matching() -> None:
 
 def test_costs_are_lowest_at_the_true_depth_and_unknown_without_sources() -> None:
     scene = tiny_scene(num_images=5, width=160, height=120, arc_deg=40.0)
-    views = [stereo_view(reference(scene, index), 160) for index in range(5)]
+    views = [stereo_view(reference_view(scene, index), 160) for index in range(5)]
     planes = torch.linspace(0.2, 0.8, 32)
     cost = costs_of(views[2], [views[1], views[3]], planes)
     true = torch.from_numpy(scene.depth[2])
@@ -150,7 +135,7 @@ def test_damaged_or_foreign_weights_are_named(tmp_path) -> None:
 
 def test_the_bundled_network_knows_a_scene_that_it_has_never_seen() -> None:
     scene = tiny_scene(num_images=5, width=160, height=120, arc_deg=40.0)
-    views = [stereo_view(reference(scene, index), 160) for index in range(5)]
+    views = [stereo_view(reference_view(scene, index), 160) for index in range(5)]
     finite = [depth[np.isfinite(depth)] for depth in scene.depth]
     ranges = [(float(np.quantile(depth, 0.02)) * 0.8, float(np.quantile(depth, 0.98)) * 1.5) for depth in finite]
     predicted = predict_depth(views, ranges, max_sources=4)

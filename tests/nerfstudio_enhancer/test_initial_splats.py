@@ -5,7 +5,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from scenes import TinyScene, surface_points, tiny_scene, visible_points
+from scenes import TinyScene, reference_view, surface_points, tiny_scene, visible_points
 
 from nerfstudio_enhancer.initial_splats import (
     ReferenceView,
@@ -48,21 +48,7 @@ def grey_pixels() -> tuple[np.ndarray, np.ndarray]:
 
 
 def views_of(scene: TinyScene, indices: Sequence[int]) -> list[ReferenceView]:
-    def view(index: int) -> ReferenceView:
-        return ReferenceView(
-            world_to_camera=scene.world_to_camera_opencv(index),
-            fx=scene.focal_px,
-            fy=scene.focal_px,
-            cx=scene.width / 2,
-            cy=scene.height / 2,
-            width=scene.width,
-            height=scene.height,
-            distortion=(0.0,) * 6,
-            fisheye=False,
-            read_pixels=lambda: (scene.images[index], np.ones(scene.images.shape[1:3], dtype=bool)),
-        )
-
-    return [view(index) for index in indices]
+    return [reference_view(scene, index) for index in indices]
 
 
 def observe(views: Sequence[ReferenceView], points: np.ndarray) -> Tracks:

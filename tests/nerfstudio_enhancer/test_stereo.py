@@ -5,7 +5,7 @@ import pytest
 import torch
 from nerfstudio.cameras.cameras import Cameras
 from PIL import Image
-from scenes import TinyScene, tiny_scene
+from scenes import TinyScene, reference_view, tiny_scene
 
 from nerfstudio_enhancer.contact_sheet import write_depth_sheet
 from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, seed_points
@@ -47,21 +47,6 @@ def camera(x: float = 0.0, turn_deg: float = 0.0, size: tuple[int, int] = (80, 1
     )
 
 
-def reference(scene: TinyScene, index: int) -> ReferenceView:
-    return ReferenceView(
-        world_to_camera=scene.world_to_camera_opencv(index),
-        fx=scene.focal_px,
-        fy=scene.focal_px,
-        cx=scene.width / 2,
-        cy=scene.height / 2,
-        width=scene.width,
-        height=scene.height,
-        distortion=(0.0,) * 6,
-        fisheye=False,
-        read_pixels=lambda: (scene.images[index], np.ones(scene.images.shape[1:3], dtype=bool)),
-    )
-
-
 @pytest.fixture(scope="module")
 def scene() -> TinyScene:
     return tiny_scene(num_images=5, width=160, height=120, arc_deg=40.0)
@@ -69,7 +54,7 @@ def scene() -> TinyScene:
 
 @pytest.fixture(scope="module")
 def depths(scene: TinyScene) -> list[StereoDepth]:
-    views = [stereo_view(reference(scene, index), 100) for index in range(5)]
+    views = [stereo_view(reference_view(scene, index), 100) for index in range(5)]
     ranges = [
         (float(depth[depth > 0].min()) * 0.8, float(depth[np.isfinite(depth)].max()) * 1.2) for depth in scene.depth
     ]
@@ -194,7 +179,7 @@ def test_consistent_depth_is_right(scene: TinyScene, depths: list[StereoDepth]) 
 
 
 def test_the_same_generator_gives_the_same_depth(scene: TinyScene) -> None:
-    views = [stereo_view(reference(scene, index), 60) for index in (1, 2)]
+    views = [stereo_view(reference_view(scene, index), 60) for index in (1, 2)]
     config = replace(SMALL, sweep_px=60, refine_px=60)
 
     def run() -> torch.Tensor:
@@ -215,7 +200,7 @@ def test_masked_pixels_have_no_depth(scene: TinyScene) -> None:
     left[:, :80] = True
     masked = [
         replace(view, read_pixels=lambda view=view: (view.rgb, left))
-        for view in (reference(scene, 1), reference(scene, 2))
+        for view in (reference_view(scene, 1), reference_view(scene, 2))
     ]
     views = [stereo_view(view, 100) for view in masked]
     result = estimate_depth(views, [(1.5, 8.0)] * 2, SMALL, torch.Generator().manual_seed(0))[0]
@@ -250,7 +235,7 @@ def test_a_smaller_view_has_the_same_field_of_view() -> None:
 
 def test_stereo_points_lie_on_the_surfaces_and_random_ones_where_there_is_no_depth(scene: TinyScene) -> None:
     config = SeedPointsConfig(num_random_points=200, min_points=0, max_stereo_points=1500, stereo=SMALL)
-    views = [reference(scene, index) for index in (1, 2, 3)]
+    views = [reference_view(scene, index) for index in (1, 2, 3)]
     points = seed_points(views, "stereo", config, torch.Generator().manual_seed(0))
     assert points.num_seen >= 1500
     assert len(points.xyz) == points.num_seen + 200
@@ -270,7 +255,7 @@ def test_stereo_points_lie_on_the_surfaces_and_random_ones_where_there_is_no_dep
 
 def test_too_many_views_are_not_matched_unless_asked_for(scene: TinyScene) -> None:
     config = SeedPointsConfig(num_random_points=10, min_points=0, max_stereo_views=2, stereo=SMALL)
-    views = [reference(scene, index) for index in (1, 2, 3)]
+    views = [reference_view(scene, index) for index in (1, 2, 3)]
     assert seed_points(views, "auto", config, torch.Generator().manual_seed(0)).depths == ()
     assert len(seed_points(views[:2], "auto", config, torch.Generator().manual_seed(0)).depths) == 2
 
