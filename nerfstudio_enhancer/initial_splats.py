@@ -1,7 +1,8 @@
 """Step 2: seed points for the first splats, from nothing but the reference views.
 
-Points are placed where reference photographs agree (SIFT matches on known epipolar lines, triangulated), and at random
-in the references' frusta where they tell nothing. pycolmap is imported only where features are extracted.
+Points are placed where reference photographs agree (SIFT matches on known epipolar lines, triangulated; stereo), and
+at random in the references' frusta elsewhere, as the depth network says. pycolmap is imported only where features are
+extracted.
 """
 
 from collections.abc import Callable, Sequence
