@@ -13,7 +13,7 @@ from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH, SparseViewsDataParserConfig
 
 KNOWN_DEPTH = "known_depth"
-"""Key of a batch under which the stereo depth of its reference lies."""
+"""Key of a batch under which what is known of the depth of its reference lies."""
 
 
 @dataclass

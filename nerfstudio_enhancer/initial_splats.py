@@ -678,8 +678,8 @@ def random_points_in_frusta(
     """Random pixels of random references, put at a random depth within the depths of the points seen there.
 
     The depth is distributed as the depth network says where it is given, else uniformly in its logarithm; the colour is
-    that of the pixel. A reference that sees fewer than
-    `min_triangulated` points takes the depth range of all of them. Pixels with stereo depth get no random point.
+    that of the pixel. A reference that sees fewer than `min_triangulated` points takes the depth range of all of them.
+    Pixels with stereo depth get no random point.
     """
     if num_points <= 0:
         return _no_points()
