@@ -12,6 +12,7 @@ import tyro
 
 from nerfstudio_enhancer.depth_training.train_depth import TrainDepth
 from nerfstudio_enhancer.evaluation.benchmark import Benchmark
+from nerfstudio_enhancer.evaluation.leave_one_out import LeaveOneOut
 from nerfstudio_enhancer.pairs.make_pairs import MakePairs
 
 
@@ -92,6 +93,7 @@ class TimePrior:
 
 COMMANDS = {
     "benchmark": Benchmark,
+    "leave-one-out": LeaveOneOut,
     "make-pairs": MakePairs,
     "train-depth": TrainDepth,
     "bench-rasterizer": BenchRasterizer,
@@ -123,6 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
 def _run(command: object) -> None:
     runners: dict[type, Callable] = {
         Benchmark: _benchmark,
+        LeaveOneOut: _leave_one_out,
         MakePairs: _make_pairs,
         TrainDepth: _train_depth,
         BenchRasterizer: _bench_rasterizer,
@@ -137,6 +140,12 @@ def _benchmark(command: Benchmark) -> None:
     from nerfstudio_enhancer.evaluation.benchmark import run_benchmark
 
     run_benchmark(command)
+
+
+def _leave_one_out(command: LeaveOneOut) -> None:
+    from nerfstudio_enhancer.evaluation.leave_one_out import leave_one_out
+
+    leave_one_out(command)
 
 
 def _make_pairs(command: MakePairs) -> None:

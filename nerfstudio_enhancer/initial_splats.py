@@ -285,7 +285,7 @@ def seed_points(
     depths: tuple = ()
     if source == "stereo" or (source == "auto" and len(views) <= config.max_stereo_views):
         seen, depths = _with_stereo(views, seen, config)
-        name += f" and by stereo (consistent depth on {_share_with_depth(depths):.0%} of the pixels)"
+        name += f" and by stereo (consistent depth on {share_with_depth(depths):.0%} of the pixels)"
     num_random = max(config.num_random_points, config.min_points - seen.num_seen)
     random = random_points_in_frusta(views, seen.xyz.double().numpy(), num_random, config, generator, depths)
     CONSOLE.log(
@@ -320,7 +320,8 @@ def _with_stereo(
     return both, tuple(depths)
 
 
-def _share_with_depth(depths: Sequence["StereoDepth"]) -> float:
+def share_with_depth(depths: Sequence["StereoDepth"]) -> float:
+    """Share of the references' pixels on which stereo is trusted, in [0, 1]."""
     return float(np.mean([float(depth.consistent.float().mean()) for depth in depths]))
 
 

@@ -43,7 +43,7 @@ class Rounds:
         self.config = model.config.enhance
         self.seed = trainer.config.machine.seed
         self.folder = Path(trainer.base_dir) / VIEWS_FOLDER
-        self.references = _references(datamanager.train_dataset, datamanager.cached_train)
+        self.references = references_of(datamanager.train_dataset, datamanager.cached_train)
         self.done: set[int] = set()
         _check(self.config, len(self.references.photographs))
         model.seed = datamanager.seed = self.seed
@@ -145,7 +145,7 @@ class Rounds:
         dataset = self.datamanager.unused_views()
         if len(dataset) == 0:
             return References([], dataset.cameras)
-        return _references(dataset, self.datamanager.load_images(dataset))
+        return references_of(dataset, self.datamanager.load_images(dataset))
 
 
 def _check(config, num_references: int) -> None:
@@ -169,7 +169,8 @@ def _check(config, num_references: int) -> None:
         )
 
 
-def _references(dataset: InputDataset, cached: list[dict]) -> References:
+def references_of(dataset: InputDataset, cached: list[dict]) -> References:
+    """Photographs and cameras of a dataset that the data manager has read."""
     return References([_photograph(item["image"]) for item in cached], dataset.cameras)
 
 

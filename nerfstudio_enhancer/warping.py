@@ -88,6 +88,12 @@ def _warped(depth: Tensor, alpha: Tensor, camera: Cameras, sources: WarpSources)
     return slots.flatten(0, 1)
 
 
+def seen_share(depth: Tensor, alpha: Tensor, cameras: Cameras, sources: WarpSources) -> float:
+    """Share of the cameras' pixels that some reference sees, in [0, 1]; arguments as those of `warp_references`."""
+    best = warp_references(depth, alpha, cameras, sources)[:, WARP_CHANNELS - 1]
+    return float((best > SEEN).float().mean())
+
+
 def nearest_references(camera: Cameras, references: Cameras) -> list[int]:
     """Indices of the references nearest to a camera (shape [1]) in place and viewing direction, at most `CANDIDATES`."""
     own, theirs = camera.camera_to_worlds.cpu().double(), references.camera_to_worlds.cpu().double()

@@ -7,7 +7,7 @@ import random
 import shutil
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,10 +25,17 @@ from nerfstudio_enhancer.evaluation.methods import (
     with_seed_points,
     with_settings,
 )
+from nerfstudio_enhancer.initial_splats import share_with_depth
 from nerfstudio_enhancer.jobs import peak_rss_mb
+from nerfstudio_enhancer.rendering import render_clip
+from nerfstudio_enhancer.rounds import references_of
+from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
+from nerfstudio_enhancer.warping import WarpSources, seen_share
 
 if TYPE_CHECKING:
+    from nerfstudio_enhancer.datamanager import EnhancerDataManager
     from nerfstudio_enhancer.evaluation.benchmark import Cell, CellSettings
+    from nerfstudio_enhancer.model import EnhancerModel
 
 RUNS_FOLDER = "runs"
 FIRST_STAGE = "first-stage"
@@ -71,8 +78,9 @@ def train_first_stage(cell: Cell, settings: CellSettings) -> None:
     marker = config.get_base_dir() / STAGE_FILE
     if marker.exists():
         return
-    _, wall_s = _train(config)
-    marker.write_text(json.dumps({"wall_s": wall_s, "peak_rss_mb": peak_rss_mb()}), encoding="utf-8")
+    trainer, wall_s = _train(config)
+    told = {"wall_s": wall_s, "peak_rss_mb": peak_rss_mb(), "depth_share": _depth_share(trainer)}
+    marker.write_text(json.dumps(told), encoding="utf-8")
 
 
 def run_cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def run_cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
     """
     config = cell_config(cell, settings)
     steps = config.max_num_iterations
-    stage = {"wall_s": 0.0, "peak_rss_mb": 0.0}
+    stage = None
     if METHODS[cell.method].shares_first_stage:
         before = _first_stage_config(cell, settings)
         stage = json.loads((before.get_base_dir() / STAGE_FILE).read_text(encoding="utf-8"))
@@ -91,18 +99,20 @@ def run_cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
         # Nerfstudio counts the steps of a resumed training from its checkpoint.
         config.max_num_iterations = steps - before.max_num_iterations
     trainer, own_s = _train(config)
+    before_s, before_mb = (0.0, 0.0) if stage is None else (stage["wall_s"], stage["peak_rss_mb"])
     return {
         "scene": cell.scene,
         "views": cell.views,
         "seed": cell.seed,
         "method": cell.method,
         **evaluate(trainer),
-        "wall_s": round(stage["wall_s"] + own_s, 2),
-        "first_stage_s": round(stage["wall_s"], 2),
-        "first_stage_peak_rss_mb": stage["peak_rss_mb"],
+        "wall_s": round(before_s + own_s, 2),
+        "first_stage_s": round(before_s, 2),
+        "first_stage_peak_rss_mb": before_mb,
         "steps": steps,
         "config": _relative(config.get_base_dir() / "config.yml", settings.output),
         "renders": _relative(config.get_base_dir() / RENDERS_FOLDER, settings.output),
+        "depth_share": _depth_share(trainer) if stage is None else stage["depth_share"],
     }
 
 
@@ -110,7 +120,8 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     """What `ns-eval` does, on the scene that is in memory already: load the checkpoint, render and measure the test views.
 
     Returns:
-        Means of psnr, ssim and lpips over the test views, their number, the seconds it took and the number of splats.
+        Means of psnr, ssim and lpips over the test views, their number, the share of their pixels that references see, the
+        seconds it took and the number of splats.
     """
     begin_s = time.monotonic()
     (checkpoint,) = trainer.checkpoint_dir.glob("*.ckpt")
@@ -120,14 +131,35 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     renders = trainer.base_dir / RENDERS_FOLDER
     with torch.no_grad():
         metrics = pipeline.get_average_eval_image_metrics(output_path=renders)
+        seen = _seen_share(trainer)
     return {
         "psnr": metrics["psnr"],
         "ssim": metrics["ssim"],
         "lpips": metrics["lpips"],
         "test_views": len(list(renders.glob("*_img_*.png"))),
         "splats": state["pipeline"]["_model.gauss_params.means"].shape[0],
+        "seen_share": seen,
         "eval_s": round(time.monotonic() - begin_s, 2),
     }
+
+
+def _seen_share(trainer: Trainer) -> float:
+    """Share of the test views' pixels that references see through the depth that the splats show there."""
+    model, datamanager = trainer.pipeline.model, cast("EnhancerDataManager", trainer.pipeline.datamanager)
+    references = references_of(datamanager.train_dataset, datamanager.cached_train)
+    sources = WarpSources.of(cast("EnhancerModel", model), references.photographs, references.cameras)
+    shares = []
+    for camera, _ in datamanager.fixed_indices_eval_dataloader:
+        rendered = render_clip(cast("EnhancerModel", model), camera)
+        shares.append(seen_share(rendered.depth, rendered.alpha, camera, sources))
+    return float(np.mean(shares))
+
+
+def _depth_share(trainer: Trainer) -> float:
+    """Share of the references' pixels with trusted stereo depth; 0 without stereo."""
+    outputs = cast("EnhancerDataManager", trainer.pipeline.datamanager).train_dataparser_outputs
+    depths = outputs.metadata.get(STEREO_DEPTH, ())
+    return share_with_depth(depths) if depths else 0.0
 
 
 def set_seed(seed: int) -> None:

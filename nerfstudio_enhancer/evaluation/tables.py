@@ -77,7 +77,7 @@ def _figures(cells: Sequence[Cell], methods: Sequence[str]) -> str:
         shared = shared_cells(of_views, methods)
         count = len({cell["scene"] for cell in shared})
         rows.append([f"**mean of {count}**", str(views), *(_mean_scores(_of(shared, method)) for method in methods)])
-    return _table(["scene", "views", *methods], rows)
+    return text_table(["scene", "views", *methods], rows)
 
 
 def _gains(cells: Sequence[Cell], methods: Sequence[str]) -> str:
@@ -95,7 +95,7 @@ def _gains(cells: Sequence[Cell], methods: Sequence[str]) -> str:
             gains = [_gain(own, _of(group, name)) if name != method else MISSING for name in baselines]
             share = [_share(own, _of(group, "geometry"), _of(group, CEILING))] if with_share else []
             rows.append(["all" if views is None else str(views), method, *gains, *share])
-    return _table([*header, *(["share of the oracle's PSNR gain over geometry"] if with_share else [])], rows)
+    return text_table([*header, *(["share of the oracle's PSNR gain over geometry"] if with_share else [])], rows)
 
 
 def _cost(cells: Sequence[Cell], methods: Sequence[str]) -> str:
@@ -109,7 +109,7 @@ def _cost(cells: Sequence[Cell], methods: Sequence[str]) -> str:
         "the shared first stage, which is trained once. Evaluation and imports are left out. Cells run side by side, each on "
         "its share of the cores.\n"
     )
-    return _table(["method", "seconds", "largest peak memory, MiB"], rows) + note
+    return text_table(["method", "seconds", "largest peak memory, MiB"], rows) + note
 
 
 def _of(cells: Sequence[Cell], method: str) -> list[Cell]:
@@ -147,7 +147,8 @@ def _mean_over_places(cells: Sequence[Cell], figure: str) -> float:
     return mean(mean_of([cell for cell in cells if cell["views"] == k], figure) for k in views)
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [_row(header), _row(["---"] * len(header)), *map(_row, rows)]
     return "\n".join(lines) + "\n"
 
