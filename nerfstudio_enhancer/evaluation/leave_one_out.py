@@ -167,7 +167,7 @@ def left_out(references: int, folds: int) -> list[int]:
         raise ValueError(
             f"To leave one reference view out there must be at least {MIN_REFERENCE_VIEWS + 1}, got {references}."
         )
-    return sorted({int(round(at)) for at in np.linspace(0, references - 1, folds + 2)[1:-1]})
+    return sorted({round(float(at)) for at in np.linspace(0, references - 1, folds + 2)[1:-1]})
 
 
 def _fold(settings: LeaveOneOut, data: Path, names: Sequence[str], split: ViewSplit, index: int, steps: int) -> Fold:

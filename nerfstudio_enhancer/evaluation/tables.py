@@ -26,6 +26,7 @@ def benchmark_tables(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
         _head(cells, settings),
         "## PSNR / SSIM / LPIPS\n\n" + _figures(cells, methods),
         "## Gains in means over scenes\n\n" + _gains(cells, methods),
+        "## What is seen, mean over scenes\n\n" + _shares(cells, methods),
         "## Seconds and memory, mean over cells\n\n" + _cost(cells, methods),
     ]
     return "\n".join(parts)
@@ -96,6 +97,26 @@ def _gains(cells: Sequence[Cell], methods: Sequence[str]) -> str:
             share = [_share(own, _of(group, "geometry"), _of(group, CEILING))] if with_share else []
             rows.append(["all" if views is None else str(views), method, *gains, *share])
     return text_table([*header, *(["share of the oracle's PSNR gain over geometry"] if with_share else [])], rows)
+
+
+def _shares(cells: Sequence[Cell], methods: Sequence[str]) -> str:
+    """Share of the references' pixels with trusted depth, and of the test views' pixels that references see."""
+    told = [cell for cell in cells if "seen_share" in cell]
+    views = sorted({cell["views"] for cell in told})
+    rows = []
+    for method in methods:
+        own = [[cell for cell in _of(told, method) if cell["views"] == k] for k in views]
+        rows.append([method, *(_percent(group, figure) for figure in ("depth_share", "seen_share") for group in own)])
+    header = [f"{what}, {k} views" for what in ("trusted stereo depth", "seen by a reference") for k in views]
+    note = (
+        "\nTrusted stereo depth: share of the reference photographs' pixels. Seen by a reference: share of the test views' pixels "
+        "that, put at the depth that the splats show there, at least one reference sees at the same depth.\n"
+    )
+    return text_table(["method", *header], rows) + note
+
+
+def _percent(cells: Sequence[Cell], figure: str) -> str:
+    return f"{100 * mean_of(cells, figure):.0f} %" if cells else MISSING
 
 
 def _cost(cells: Sequence[Cell], methods: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 import torch
 from walls import DISTANCE, SIZE, cameras, wall
 
-from nerfstudio_enhancer.warping import WARPED_REFERENCES, WarpSources, nearest_references, warp_references
+from nerfstudio_enhancer.warping import WARPED_REFERENCES, WarpSources, nearest_references, seen_share, warp_references
 
 
 def warped(x: float, sources: WarpSources, alpha: float = 1.0) -> torch.Tensor:
@@ -54,3 +54,9 @@ def test_only_the_nearest_candidates_are_tried():
     sources = wall(*(0.25 * i for i in range(8)))
     assert nearest_references(cameras(0.0), sources.cameras) == [0, 1, 2, 3]
     assert warped(0.0, sources).shape == (WARPED_REFERENCES, 4, SIZE, SIZE)
+
+
+def test_the_share_seen_leaves_out_what_lies_beyond_every_photograph():
+    depth = torch.full((1, SIZE, SIZE, 1), DISTANCE)
+    share = seen_share(depth, torch.ones_like(depth), cameras(0.5), wall(0.0))
+    assert share == (SIZE - 2) / SIZE  # two columns beyond the photograph's right side

@@ -67,6 +67,8 @@ def test_the_oracle_and_the_controls_feed_back_views_from_the_first_round_on(cel
     folders = [(settings.output / entry["config"]).parent / "enhanced_views" for entry in (geometry, oracle)]
     assert [folder.exists() for folder in folders] == [False, True]
     assert oracle["first_stage_s"] == geometry["first_stage_s"] > 0
+    assert oracle["depth_share"] == geometry["depth_share"]
+    assert all(0 <= entry[share] <= 1 for entry in (geometry, oracle) for share in ("depth_share", "seen_share"))
     assert oracle["wall_s"] > oracle["first_stage_s"]
 
 

@@ -76,3 +76,13 @@ def test_a_missing_cell_is_a_dash_and_several_seeds_show_their_spread():
 
 def test_tables_of_no_cell_say_so():
     assert benchmark_tables([], {}) == "No cell is done yet.\n"
+
+
+def test_what_is_seen_is_told_by_method_and_number_of_views():
+    shares = [(0.25, 0.5, 3, "garden"), (0.35, 0.7, 3, "plush"), (0.5, 0.9, 6, "garden")]
+    cells = [
+        cell("geometry", 10.0, views=views, scene=scene) | {"depth_share": depth, "seen_share": seen}
+        for depth, seen, views, scene in shares
+    ]
+    table = benchmark_tables(cells, {}).split("## What is seen")[1]
+    assert rows(table, "geometry")[0] == ["geometry", "30 %", "50 %", "60 %", "90 %"]
