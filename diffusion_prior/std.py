@@ -43,6 +43,7 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         patch_size: int = 1,
         warped_references: int = 0,
         condition_widths: Sequence[int] = (64, 128, 256, 256),
+        context_widths: Sequence[int] = (),
     ) -> None:
         super().__init__()
         condition_channels = self.condition_channels
@@ -57,7 +58,9 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
             block_out_channels=tuple(block_out_channels),  # pyright: ignore[reportArgumentType]  # diffusers: tuple[int]
             layers_per_block=layers_per_block,
         )
-        self.condition_encoder = ConditionEncoder(condition_channels * patch_size**2, tuple(condition_widths))
+        self.condition_encoder = ConditionEncoder(
+            condition_channels * patch_size**2, tuple(condition_widths), tuple(context_widths)
+        )
         coarse_to_fine = list(zip(reversed(block_out_channels), reversed(condition_widths)))
         self.warps = nn.ModuleList(FeatureWarp(width, condition) for width, condition in coarse_to_fine)
         self.temporal = nn.ModuleList(TemporalConvolution(width) for width in reversed(block_out_channels))
@@ -148,20 +151,27 @@ class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
         return _temporal(decoder.time_conv_out, decoder.conv_out(hidden), frames), blend
 
 
-def with_warped_references(std: SpatialTemporalDecoder, count: int) -> SpatialTemporalDecoder:
-    """The same decoder for more warped references, which it does not look at yet: its output stays what it was.
+def widened(
+    std: SpatialTemporalDecoder, warped_references: int, context_widths: Sequence[int] = ()
+) -> SpatialTemporalDecoder:
+    """The same decoder for more warped references, with context, neither of which it uses yet: its output stays what it was.
 
     Args:
         std: trained or not; left as it is.
-        count: how many warped references the new one takes.
+        warped_references: how many warped references the new one takes.
+        context_widths: of the new one's condition encoder; only for a decoder that has none.
 
     Raises:
-        ValueError: where it takes more already.
+        ValueError: where it takes more warped references already, or has another context.
     """
-    if count < std.config["warped_references"]:
-        raise ValueError(f"the decoder takes {std.config['warped_references']} warped references, more than {count}.")
+    taken, context = std.config["warped_references"], tuple(std.config["context_widths"])
+    if warped_references < taken:
+        raise ValueError(f"the decoder takes {taken} warped references, more than {warped_references}.")
+    if context and context != tuple(context_widths):
+        raise ValueError(f"the decoder's context has the widths {context}, not {tuple(context_widths)}.")
     names = ("latent_channels", "block_out_channels", "layers_per_block", "patch_size", "condition_widths")
-    wider = SpatialTemporalDecoder(**{name: std.config[name] for name in names}, warped_references=count)
+    kept = {name: std.config[name] for name in names}
+    wider = SpatialTemporalDecoder(**kept, warped_references=warped_references, context_widths=context_widths)
     nn.Module.to(wider, dtype=std.dtype, device=std.device)
     state = wider.state_dict()
     for name, tensor in std.state_dict().items():
@@ -173,15 +183,18 @@ def with_warped_references(std: SpatialTemporalDecoder, count: int) -> SpatialTe
 
 
 class ConditionEncoder(nn.Module):
-    """Features of the condition at every scale of the decoder, from fine to coarse. No norms: levels carry meaning."""
+    """Features of the condition at every scale of the decoder, from fine to coarse. No norms: levels carry meaning.
 
-    def __init__(self, in_channels: int, widths: tuple[int, ...]) -> None:
+    Context reaches further: below the decoder's coarsest scale the picture is halved once for each of its widths and comes
+    back up, so that what fills a hole may follow from the whole picture. It is added to the coarsest features.
+    """
+
+    def __init__(self, in_channels: int, widths: tuple[int, ...], context_widths: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, widths[0], 3, padding=1)
         self.blocks = nn.ModuleList(ResidualBlock(width) for width in widths)
-        self.downsamplers = nn.ModuleList(
-            nn.Conv2d(fine, coarse, 3, stride=2, padding=1) for fine, coarse in itertools.pairwise(widths)
-        )
+        self.downsamplers = nn.ModuleList(_halving(fine, coarse) for fine, coarse in itertools.pairwise(widths))
+        self.context = Context(widths[-1], context_widths) if context_widths else None
 
     def forward(self, condition: Float[Tensor, "b c h w"]) -> list[Tensor]:
         """One feature map per scale, from fine to coarse."""
@@ -190,7 +203,30 @@ class ConditionEncoder(nn.Module):
         for downsample, block in zip(self.downsamplers, self.blocks[1:]):
             hidden = block(downsample(hidden))
             features.append(hidden)
+        if self.context is not None:
+            features[-1] = self.context(hidden)
         return features
+
+
+class Context(nn.Module):
+    """x + what pictures halved again and again say of it; zero-initialised."""
+
+    def __init__(self, width: int, widths: tuple[int, ...]) -> None:
+        super().__init__()
+        self.down, self.up = _halving(width, widths[0]), _zeroed(nn.Conv2d(widths[0], width, 3, padding=1))
+        self.before, self.after = ResidualBlock(widths[0]), ResidualBlock(widths[0])
+        self.coarser = Context(widths[0], widths[1:]) if len(widths) > 1 else None
+
+    def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        coarse = self.before(self.down(hidden))
+        if self.coarser is not None:
+            coarse = self.coarser(coarse)
+        back = F.interpolate(self.up(self.after(coarse)), hidden.shape[-2:], mode="bilinear", align_corners=False)
+        return hidden + back
+
+
+def _halving(fine: int, coarse: int) -> nn.Conv2d:
+    return nn.Conv2d(fine, coarse, 3, stride=2, padding=1)
 
 
 class ResidualBlock(nn.Module):

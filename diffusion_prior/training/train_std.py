@@ -20,7 +20,7 @@ from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_fl
 from diffusion_prior.noise import karras_sigmas
 from diffusion_prior.prior import VideoPrior, denoise
 from diffusion_prior.sampler import frame_guidance, guide, sample_euler
-from diffusion_prior.std import with_warped_references
+from diffusion_prior.std import widened
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.discriminator import PatchDiscriminator
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
@@ -58,6 +58,9 @@ class StdConfig(TrainingConfig):
     """Share of the training before the discriminator has a say."""
     warped_references: int = 2
     """Warped references that the decoder looks at; one that looked at fewer before is widened."""
+    context_widths: tuple[int, ...] = (192, 256)
+    """Channels of the context in the decoder's condition encoder, one for each further halving of the picture; a decoder
+    that had none before gets it."""
     photograph_latent_probability: float = 0.1
     """Share of the clips which get the latents of the photographs instead of sampled ones."""
 
@@ -194,7 +197,7 @@ def run(config: StdConfig) -> None:
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
     config = cut_to_latents(config, prior)
-    prior.set_std(with_warped_references(prior.std, config.warped_references))
+    prior.set_std(widened(prior.std, config.warped_references, config.context_widths))
     start_from_the_render(prior)
     task = StdTask(config, prior)
     train(task, config, accelerator)

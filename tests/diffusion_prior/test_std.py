@@ -4,7 +4,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from tiny_prior import random_clip, randomise, tiny_prior
 
 from diffusion_prior.conditioning import decoder_condition
-from diffusion_prior.std import SpatialTemporalDecoder, with_warped_references
+from diffusion_prior.std import ConditionEncoder, SpatialTemporalDecoder, widened
 
 
 def video_vae(patch_size=1, layers=1):
@@ -115,11 +115,24 @@ def test_a_blend_of_one_gives_a_warped_reference_back_where_it_is_seen_and_chang
 def test_a_decoder_widened_for_warped_references_gives_what_it_gave():
     std = SpatialTemporalDecoder.from_vae(video_vae(2), 2, warped_references=1).eval()
     randomise(std)
-    wider = with_warped_references(std, 3).eval()
+    wider = widened(std, 3).eval()
     latents, condition = std_inputs(2, warped_references=3)
     torch.testing.assert_close(wider(latents, condition), std(latents, condition[:, :, :15]))
     with pytest.raises(ValueError, match="takes 3 warped references, more than 2"):
-        with_warped_references(wider, 2)
+        widened(wider, 2)
+
+
+@torch.no_grad()
+def test_a_decoder_widened_for_context_gives_what_it_gave_until_it_is_trained():
+    std = SpatialTemporalDecoder.from_vae(video_vae(2), 2).eval()
+    randomise(std)
+    wider = widened(std, 0, (8, 8)).eval()
+    latents, condition = std_inputs(2)
+    torch.testing.assert_close(wider(latents, condition), std(latents, condition))
+    randomise(wider.condition_encoder.context)
+    assert not torch.allclose(wider(latents, condition), std(latents, condition))
+    with pytest.raises(ValueError, match=r"has the widths \(8, 8\), not \(8,\)"):
+        widened(wider, 0, (8,))
 
 
 @torch.no_grad()
@@ -147,6 +160,21 @@ def test_zero_initialised_layers_learn_from_the_first_step():
     std(latents, condition).square().mean().backward()
     for layer in (std.blend, std.warps[0].scale_shift, std.temporal[1].conv):
         assert layer.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_context_brings_the_far_corner_of_the_picture_into_the_coarsest_features():
+    pictures = torch.zeros(2, 3, 64, 64)
+    pictures[1, :, 0, 0] = 1.0
+
+    def reach(*context_widths):
+        encoder = ConditionEncoder(3, (8, 8), context_widths)
+        randomise(encoder)
+        return [(level[1, :, -1, -1] - level[0, :, -1, -1]).abs().max() for level in encoder(pictures)]
+
+    # far: 5 halvings below 64 leave 2 pixels, and each convolution sees its neighbours
+    assert [*reach(), *reach(8, 8, 8, 8)[:1]] == [0, 0, 0]
+    assert reach(8, 8, 8, 8)[1] > 0
 
 
 def test_a_vae_for_other_pixel_blocks_is_refused():
