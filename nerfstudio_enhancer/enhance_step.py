@@ -21,7 +21,7 @@ from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channe
 from nerfstudio_enhancer.enhanced_views import EnhancedViews
 from nerfstudio_enhancer.rendering import RenderedClip, render_clip, trajectory_cameras
 from nerfstudio_enhancer.trajectory import TrajectoryConfig, plan_trajectories
-from nerfstudio_enhancer.warping import WarpSources, warp_references
+from nerfstudio_enhancer.warping import WarpSources, frame_difference, warp_references
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModel
@@ -94,6 +94,8 @@ class RoundClip:
 
     views: EnhancedViews
     rendered: Float[Tensor, "t h w 3"]
+    frame_difference: tuple[float, float] | None
+    """`warping.frame_difference` of the views and of the renders; None for a single view."""
 
 
 def enhance_step(
@@ -261,9 +263,15 @@ def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceC
             camera_to_world=cameras.camera_to_worlds.float().cpu(),
             intrinsics=intrinsics,
         )
-        out.append(RoundClip(views, clip.rendered.rgb.cpu()))
+        out.append(RoundClip(views, clip.rendered.rgb.cpu(), _frame_differences(clip)))
         start += count
     return out
+
+
+def _frame_differences(clip: _UnweighedClip) -> tuple[float, float] | None:
+    shown = clip.rendered
+    ours, renders = (frame_difference(rgb, shown.depth, shown.alpha, clip.cameras) for rgb in (clip.rgb, shown.rgb))
+    return None if ours is None or renders is None else (ours, renders)
 
 
 def _resized(photograph: Float[Tensor, "h w 3"], rendered: RenderedClip) -> Float[Tensor, "H W 3"]:

@@ -88,8 +88,14 @@ class EnhancedViewStore:
     def _clips(self) -> list[EnhancedViews]:
         return [clip for step in sorted(self.rounds) for clip in self.rounds[step]]
 
-    def save_round(self, folder: Path, step: int, settings: dict) -> Path:
+    def save_round(self, folder: Path, step: int, settings: dict, figures: dict | None = None) -> Path:
         """Write the round of a step to `folder/round-step-NNNNNNNNN`, whole or not at all.
+
+        Args:
+            folder: of all rounds.
+            step: of this one.
+            settings: kept with it, for people.
+            figures: what was measured of it, likewise.
 
         Returns:
             The folder of the round.
@@ -110,6 +116,7 @@ class EnhancedViewStore:
                 "step": step,
                 "clips": len(self.rounds[step]),
                 "settings": settings,
+                **(figures or {}),
             }
             (partial / META_FILE).write_text(json.dumps(meta, indent=1, default=str))
             if target.exists():

@@ -33,6 +33,10 @@ DEPTH_SHEET = "stereo_depth.png"
 """Picture of the references' stereo depth, in the run's folder."""
 
 
+FLICKER, RENDER_FLICKER = "frame_difference", "render_frame_difference"
+"""Keys of a round's file under which the mean of `warping.frame_difference` over its clips stands."""
+
+
 class Rounds:
     """Runs a round when it is due, stores its views, and finds them again when a run is resumed."""
 
@@ -97,13 +101,19 @@ class Rounds:
     def _keep(self, step: int, clips: list[RoundClip]) -> None:
         self.store.add(step, [clip.views for clip in clips])
         try:
-            folder = self.store.save_round(self.folder, step, dataclasses.asdict(self.config))
+            figures = _flicker(clips)
+            folder = self.store.save_round(self.folder, step, dataclasses.asdict(self.config), figures)
             if self.config.save_frames:
                 write_round_pictures(folder, clips)
             CONSOLE.log(
                 f"{self.store.num_views} enhanced views saved in {folder}; needed at {self.store.mean_need:.0%}, since the "
                 "references see the rest."
             )
+            if figures:
+                CONSOLE.log(
+                    f"From frame to frame they differ by {figures[FLICKER]:.4f}, the renders by {figures[RENDER_FLICKER]:.4f} "
+                    r"(mean absolute difference of colours in [0, 1] where both frames show the same surface)."
+                )
         except OSError as error:
             CONSOLE.log(
                 f"[bold red]The enhanced views could not be saved in {self.folder} ({error}). Training goes on with them; "
@@ -182,6 +192,12 @@ def _photograph(image: Tensor) -> Float[Tensor, "h w 3"]:
     rgb, alpha = image[..., :3], image[..., 3:]
     mean = (rgb * alpha).sum((0, 1)) / alpha.sum().clamp(min=1e-6)
     return rgb * alpha + mean * (1 - alpha)
+
+
+def _flicker(clips: list[RoundClip]) -> dict[str, float]:
+    """Means over the clips that have more than one frame."""
+    told = [clip.frame_difference for clip in clips if clip.frame_difference is not None]
+    return {key: sum(values) / len(values) for key, values in zip((FLICKER, RENDER_FLICKER), zip(*told))}
 
 
 def _source_folder(trainer: Trainer) -> Path | None:

@@ -94,6 +94,31 @@ def seen_share(depth: Tensor, alpha: Tensor, cameras: Cameras, sources: WarpSour
     return float((best > SEEN).float().mean())
 
 
+def frame_difference(rgb: Tensor, depth: Tensor, alpha: Tensor, cameras: Cameras) -> float | None:
+    """How much a clip's frames differ from the ones before them where both show the same surface: flicker.
+
+    Every pixel is looked up in the frame before through its depth, as references are looked up.
+
+    Args:
+        rgb: the frames, sRGB in [0, 1]. [t h w 3]
+        depth: of the splats, which says what is the same surface. [t h w 1]
+        alpha: accumulated opacity in [0, 1]. [t h w 1]
+        cameras: of the frames, shape [t].
+
+    Returns:
+        Mean absolute difference of the colours in [0, 1]; None for a single frame, or where no surface is shown twice.
+    """
+    differences, weights = [], []
+    for i in range(1, len(rgb)):
+        sources = WarpSources([rgb[i - 1]], [depth[i - 1]], cameras[i - 1 : i])
+        warped = warp_references(depth[i : i + 1], alpha[i : i + 1], cameras[i : i + 1], sources)[0]
+        both = warped[WARP_CHANNELS - 1] > SEEN
+        differences.append((warped[:3] - rgb[i].movedim(-1, 0)).abs().mean(0)[both].sum())
+        weights.append(both.sum())
+    shown = sum(map(int, weights))
+    return float(sum(differences)) / shown if shown else None
+
+
 def nearest_references(camera: Cameras, references: Cameras) -> list[int]:
     """Indices of the references nearest to a camera (shape [1]) in place and viewing direction, at most `CANDIDATES`."""
     own, theirs = camera.camera_to_worlds.cpu().double(), references.camera_to_worlds.cpu().double()

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
+from nerfstudio_enhancer.enhanced_views import META_FILE
 from nerfstudio_enhancer.evaluation.methods import (
     METHODS,
     datamanager_of,
@@ -28,7 +29,7 @@ from nerfstudio_enhancer.evaluation.methods import (
 from nerfstudio_enhancer.initial_splats import share_with_depth
 from nerfstudio_enhancer.jobs import peak_rss_mb
 from nerfstudio_enhancer.rendering import render_clip
-from nerfstudio_enhancer.rounds import references_of
+from nerfstudio_enhancer.rounds import FLICKER, RENDER_FLICKER, VIEWS_FOLDER, references_of
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
 from nerfstudio_enhancer.warping import WarpSources, seen_share
 
@@ -113,6 +114,7 @@ def run_cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
         "config": _relative(config.get_base_dir() / "config.yml", settings.output),
         "renders": _relative(config.get_base_dir() / RENDERS_FOLDER, settings.output),
         "depth_share": _depth_share(trainer) if stage is None else stage["depth_share"],
+        **_flicker(trainer),
     }
 
 
@@ -153,6 +155,13 @@ def _seen_share(trainer: Trainer) -> float:
         rendered = render_clip(cast("EnhancerModel", model), camera)
         shares.append(seen_share(rendered.depth, rendered.alpha, camera, sources))
     return float(np.mean(shares))
+
+
+def _flicker(trainer: Trainer) -> dict[str, float]:
+    """How much the frames of the last round, and their renders, differ from frame to frame; empty without such a round."""
+    files = sorted((trainer.base_dir / VIEWS_FOLDER).glob(f"*/{META_FILE}"))
+    told = json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
+    return {key: told[key] for key in (FLICKER, RENDER_FLICKER) if key in told}
 
 
 def _depth_share(trainer: Trainer) -> float:

@@ -12,6 +12,7 @@ BASELINES = ("splatfacto", "geometry")
 """Methods over which gains are reported."""
 CEILING = "oracle"
 FIGURES = ("psnr", "ssim", "lpips")
+FLICKER = ("frame_difference", "render_frame_difference")
 MISSING = "-"
 
 Cell = dict[str, Any]
@@ -106,13 +107,22 @@ def _shares(cells: Sequence[Cell], methods: Sequence[str]) -> str:
     rows = []
     for method in methods:
         own = [[cell for cell in _of(told, method) if cell["views"] == k] for k in views]
-        rows.append([method, *(_percent(group, figure) for figure in ("depth_share", "seen_share") for group in own)])
+        shares = [_percent(group, figure) for figure in ("depth_share", "seen_share") for group in own]
+        rows.append([method, *shares, *(_flicker(_of(told, method), figure) for figure in FLICKER)])
     header = [f"{what}, {k} views" for what in ("trusted stereo depth", "seen by a reference") for k in views]
+    header += ["frame to frame", "its renders"]
     note = (
         "\nTrusted stereo depth: share of the reference photographs' pixels. Seen by a reference: share of the test views' pixels "
-        "that, put at the depth that the splats show there, at least one reference sees at the same depth.\n"
+        "that, put at the depth that the splats show there, at least one reference sees at the same depth. Frame to frame: mean "
+        "absolute difference of colours in [0, 1] between what is fed back and the frame before, where both show the same "
+        "surface; the same of the renders that it was made from.\n"
     )
     return text_table(["method", *header], rows) + note
+
+
+def _flicker(cells: Sequence[Cell], figure: str) -> str:
+    told = [cell for cell in cells if figure in cell]
+    return f"{mean_of(told, figure):.4f}" if told else MISSING
 
 
 def _percent(cells: Sequence[Cell], figure: str) -> str:

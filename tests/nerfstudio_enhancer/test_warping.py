@@ -1,9 +1,17 @@
 """References seen through rendered depth, on a plane and worked by hand."""
 
+import pytest
 import torch
 from walls import DISTANCE, SIZE, cameras, wall
 
-from nerfstudio_enhancer.warping import WARPED_REFERENCES, WarpSources, nearest_references, seen_share, warp_references
+from nerfstudio_enhancer.warping import (
+    WARPED_REFERENCES,
+    WarpSources,
+    frame_difference,
+    nearest_references,
+    seen_share,
+    warp_references,
+)
 
 
 def warped(x: float, sources: WarpSources, alpha: float = 1.0) -> torch.Tensor:
@@ -60,3 +68,17 @@ def test_the_share_seen_leaves_out_what_lies_beyond_every_photograph():
     depth = torch.full((1, SIZE, SIZE, 1), DISTANCE)
     share = seen_share(depth, torch.ones_like(depth), cameras(0.5), wall(0.0))
     assert share == (SIZE - 2) / SIZE  # two columns beyond the photograph's right side
+
+
+def test_frames_that_move_with_their_surface_do_not_flicker_and_a_change_of_brightness_does():
+    photograph = wall(0.0).photographs[0]
+    moved = torch.zeros_like(photograph)
+    moved[:, :-2] = photograph[:, 2:]  # what a camera two pixels to the right sees
+    depth = torch.full((2, SIZE, SIZE, 1), DISTANCE)
+    both = cameras(0.0, 0.5)
+    assert frame_difference(torch.stack([photograph, moved]), depth, torch.ones_like(depth), both) == pytest.approx(
+        0, abs=1e-6
+    )
+    brighter = torch.stack([photograph, moved + 0.25])
+    assert frame_difference(brighter, depth, torch.ones_like(depth), both) == pytest.approx(0.25, abs=1e-6)
+    assert frame_difference(brighter[:1], depth[:1], torch.ones_like(depth[:1]), both[:1]) is None

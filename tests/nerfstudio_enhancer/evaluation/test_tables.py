@@ -85,4 +85,4 @@ def test_what_is_seen_is_told_by_method_and_number_of_views():
         for depth, seen, views, scene in shares
     ]
     table = benchmark_tables(cells, {}).split("## What is seen")[1]
-    assert rows(table, "geometry")[0] == ["geometry", "30 %", "50 %", "60 %", "90 %"]
+    assert rows(table, "geometry")[0] == ["geometry", "30 %", "50 %", "60 %", "90 %", "-", "-"]
