@@ -112,7 +112,7 @@ class Rounds:
             if figures:
                 CONSOLE.log(
                     f"From frame to frame they differ by {figures[FLICKER]:.4f}, the renders by {figures[RENDER_FLICKER]:.4f} "
-                    r"(mean absolute difference of colours in [0, 1] where both frames show the same surface)."
+                    "(mean absolute difference of colours in [0, 1] where both frames show the same surface)."
                 )
         except OSError as error:
             CONSOLE.log(
