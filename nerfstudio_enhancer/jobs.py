@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -168,31 +169,55 @@ def _start(context: Any, job: Job, threads: int) -> _Running:
 
 
 def _child(job: Job, sender: Connection, threads: int) -> None:
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    if job.log is not None:
-        job.log.parent.mkdir(parents=True, exist_ok=True)
-        _send_output_to(job.log)
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(threads)
-    value, error = None, None
-    try:
-        value = job.function(*job.arguments)
-    except KeyboardInterrupt:
-        error = "interrupted"
-    except BaseException as exception:
-        traceback.print_exc()
-        error = f"{type(exception).__name__}: {exception}{_see(job.log)}"
-    sender.send((value, error, peak_rss_mb()))
+    sender.send(call(job, threads))
     sender.close()
 
 
-def _send_output_to(path: Path) -> None:
+def call(job: Job, threads: int) -> tuple[Any, str | None, float]:
+    """Call a job's function in this process on so many threads, what it prints going to its log.
+
+    Returns:
+        Its value; what went wrong, None if nothing did; the largest resident memory so far, in MiB.
+    """
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(threads)
+    value, error = None, None
+    with _output_to(job.log):
+        try:
+            value = job.function(*job.arguments)
+        except KeyboardInterrupt:
+            error = "interrupted"
+        except BaseException as exception:
+            traceback.print_exc()
+            error = f"{type(exception).__name__}: {exception}{_see(job.log)}"
+    return value, error, peak_rss_mb()
+
+
+@contextmanager
+def _output_to(path: Path | None) -> Iterator[None]:
+    """Append all that this process prints, compiled code included, to a file."""
+    if path is None:
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = [os.dup(1), os.dup(2)]
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    _redirect(descriptor, descriptor)
+    os.close(descriptor)
+    try:
+        yield
+    finally:
+        _redirect(*before)
+        for kept in before:
+            os.close(kept)
+
+
+def _redirect(out: int, err: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.close(descriptor)
+    os.dup2(out, 1)
+    os.dup2(err, 2)
 
 
 def peak_rss_mb() -> float:

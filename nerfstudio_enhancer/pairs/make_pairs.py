@@ -8,7 +8,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nerfstudio.utils.rich_utils import CONSOLE
@@ -54,6 +54,11 @@ class MakePairs:
     """Share of the trainings that start from random points."""
     jobs: int | None = None
     """Trainings at once, each with its share of the cores; by default one for each core."""
+    ray: str | None = None
+    """Spread the trainings over a Ray cluster: its address, `auto` for the one that this machine belongs to, or `local`. Each
+    takes one core. Every machine needs this package, and the scenes and the output folder at the same paths."""
+    ray_gpus: float = 0.0
+    """GPUs that each training takes on the cluster; a fraction shares one."""
     minutes: float | None = None
     """Start no training after this many minutes. The order is shuffled so that all scenes come early."""
     verify: bool = False
@@ -181,14 +186,14 @@ def _hash(*parts: object) -> int:
 
 
 def _run(trainings: Sequence[SplatTraining], settings: MakePairs) -> list[JobResult]:
-    workers, threads = workers_and_threads(settings.jobs)
     begin_s = time.monotonic()
     limit_s = float("inf") if settings.minutes is None else 60 * settings.minutes
     jobs = [_job(training, settings.output) for training in trainings]
     failed, stored, done = [], 0, 0
     with _progress(len(jobs)) as advance:
-        in_time = run_jobs(jobs, workers, threads, PRELOAD, lambda job: time.monotonic() - begin_s < limit_s)
-        for done, result in enumerate(in_time, start=1):
+        for done, result in enumerate(
+            _results(jobs, settings, lambda job: time.monotonic() - begin_s < limit_s), start=1
+        ):
             advance()
             elapsed_s = time.monotonic() - begin_s
             left_s = min(elapsed_s / done * (len(jobs) - done), max(0.0, limit_s - elapsed_s))
@@ -203,7 +208,18 @@ def _run(trainings: Sequence[SplatTraining], settings: MakePairs) -> list[JobRes
     return failed
 
 
+def _results(jobs: Sequence[Job], settings: MakePairs, in_time: Callable[[Job], bool]) -> Iterator[JobResult]:
+    if settings.ray is not None:
+        from nerfstudio_enhancer.ray_jobs import run_jobs_on_ray
+
+        return run_jobs_on_ray(jobs, settings.ray, gpus=settings.ray_gpus, may_start=in_time)
+    return run_jobs(jobs, *workers_and_threads(settings.jobs), PRELOAD, in_time)
+
+
 def _job(training: SplatTraining, output: Path) -> Job:
+    # Processes on other machines have working directories of their own.
+    training = replace(training, data=training.data.absolute(), output=training.output.absolute())
+    output = output.absolute()
     log = output / "logs" / f"{training.scene}_k{training.num_views:02d}_s{training.seed}.txt"
     return Job(training.key, _make_runs, (training,), log=log)
 
