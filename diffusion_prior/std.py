@@ -27,6 +27,10 @@ CONDITION_CHANNELS = 11
 `WARP_CHANNELS` for each warped reference."""
 
 
+CONTEXT_NORM_GROUPS = 4
+"""Groups of the norms in the condition encoder's context, which divide its widths."""
+
+
 class SpatialTemporalDecoder(ModelMixin, ConfigMixin):
     """Temporal decoder with CFW and temporal convolutions at every scale, and a learned blend with render and warps.
 
@@ -209,19 +213,22 @@ class ConditionEncoder(nn.Module):
 
 
 class Context(nn.Module):
-    """x + what pictures halved again and again say of it; zero-initialised."""
+    """x + what pictures halved again and again say of it; zero-initialised. Wide layers need norms; levels go past them."""
 
     def __init__(self, width: int, widths: tuple[int, ...]) -> None:
         super().__init__()
         self.down, self.up = _halving(width, widths[0]), _zeroed(nn.Conv2d(widths[0], width, 3, padding=1))
         self.before, self.after = ResidualBlock(widths[0]), ResidualBlock(widths[0])
+        self.norm_before, self.norm_after = (nn.GroupNorm(CONTEXT_NORM_GROUPS, widths[0]) for _ in range(2))
         self.coarser = Context(widths[0], widths[1:]) if len(widths) > 1 else None
 
     def forward(self, hidden: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-        coarse = self.before(self.down(hidden))
+        coarse = self.before(self.norm_before(self.down(hidden)))
         if self.coarser is not None:
             coarse = self.coarser(coarse)
-        back = F.interpolate(self.up(self.after(coarse)), hidden.shape[-2:], mode="bilinear", align_corners=False)
+        back = F.interpolate(
+            self.up(self.after(self.norm_after(coarse))), hidden.shape[-2:], mode="bilinear", align_corners=False
+        )
         return hidden + back
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -70,7 +71,7 @@ def _connect(address: str) -> Any:
         ray.init(
             address=where,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             include_dashboard=False if where is None else None,
         )
     except ConnectionError as error:

@@ -27,6 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 
 from diffusion_prior.data.clips import ClipBatch, ClipDataset, step_generator
+from diffusion_prior.files import whole_file
 from diffusion_prior.prior import VideoPrior, fast_dtype
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
@@ -227,12 +228,8 @@ def _trained_state(losses: Losses) -> dict[str, Tensor]:
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint; an older one stays until the new one is whole."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
+    with whole_file(path) as partial:
         torch.save(content, partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path, state: State) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, gaps_of, step_generator
 from diffusion_prior.data.pairs import FRAMES_NAME, META_NAME, find_runs, read_header
+from diffusion_prior.files import whole_file
 from diffusion_prior.training.config import ScaleConfig
 
 ORDER_SEED_OFFSET = 1 << 33
@@ -46,16 +47,13 @@ def pack(config: PackShards) -> list[Path]:
     webdataset = _webdataset()
     runs = find_runs(config.pairs)
     order = torch.randperm(len(runs), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    config.output.mkdir(parents=True, exist_ok=True)
     shards = []
     for start in range(0, len(order), config.runs_per_shard):
         path = config.output / f"pairs-{start // config.runs_per_shard:06d}.tar"
-        partial = path.with_suffix(".partial")
-        with webdataset.TarWriter(str(partial)) as writer:
+        with whole_file(path) as partial, webdataset.TarWriter(str(partial)) as writer:
             for index in order[start : start + config.runs_per_shard]:
                 files = {name: (runs[index] / name).read_bytes() for name in (META_NAME, FRAMES_NAME)}
                 writer.write({"__key__": f"{index:08d}", **files})
-        partial.replace(path)
         shards.append(path)
     return shards
 

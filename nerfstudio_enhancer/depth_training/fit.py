@@ -18,8 +18,9 @@ from jaxtyping import Bool, Float
 from nerfstudio.utils.rich_utils import CONSOLE
 from torch import Tensor
 
+from diffusion_prior.files import whole_file
 from diffusion_prior.prior import fast_dtype
-from nerfstudio_enhancer.depth_training.whole_splats import save_whole
+from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork
 from nerfstudio_enhancer.stereo.predict import picture_at, save_network
 
@@ -84,13 +85,12 @@ def fit(settings: TrainDepth, files: Sequence[Path], stop_after: int | None = No
     begin_s = saved_s = time.monotonic()
     losses = []
     while step < min(settings.steps, stop_after or settings.steps):
-        rate = settings.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS)
         for group in optimizer.param_groups:
-            group["lr"] = rate * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / settings.steps)))
+            group["lr"] = settings.learning_rate * learning_rate_factor(step, step / settings.steps, WARMUP_STEPS)
         batch = samples.draw(settings.batch, _generator_of(settings.seed, step)).to(device)
         losses.append(_step(network, optimizer, batch))
         step += 1
-        _follow(average, network, min(EMA_DECAY, 1 - 1 / (step + 1)))
+        _follow(average, network, ema_decay_at(step, EMA_DECAY))
         if step % REPORT_EVERY == 0:
             minutes = (time.monotonic() - begin_s) / 60
             CONSOLE.print(f"{step} steps, {minutes:.1f} min: loss {np.mean(losses[-REPORT_EVERY:]):.3f}")
@@ -132,15 +132,9 @@ def _save(
     optimizer: torch.optim.Optimizer,
     step: int,
 ) -> None:
-    save_whole(
-        {
-            "network": network.state_dict(),
-            "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": step,
-        },
-        path,
-    )
+    parts = {"network": network, "average": average, "optimizer": optimizer}
+    with whole_file(path) as partial:
+        torch.save({**{name: part.state_dict() for name, part in parts.items()}, "step": step}, partial)
 
 
 def plane_cross_entropy(

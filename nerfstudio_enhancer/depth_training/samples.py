@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from diffusion_prior.files import whole_file
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
-from nerfstudio_enhancer.depth_training.whole_splats import save_whole
 from nerfstudio_enhancer.initial_splats import SeedPointsConfig
 from nerfstudio_enhancer.projection import back_project, project
 from nerfstudio_enhancer.stereo.depth_network import DepthNetworkConfig
@@ -60,7 +60,8 @@ def make_samples(depth_path: Path, output: Path, seed: int) -> None:
         for number in range(count):
             chosen = _drawn_set(len(views), num_views, whole=number == 0, generator=generator)
             samples += _samples_of_set(views, chosen, generator, seen)
-    save_whole({"rgb": [view["rgb"] for view in stored], "samples": samples}, output)
+    with whole_file(output) as partial:
+        torch.save({"rgb": [view["rgb"] for view in stored], "samples": samples}, partial)
 
 
 def _read_views(stored: Sequence[dict]) -> list[_View]:

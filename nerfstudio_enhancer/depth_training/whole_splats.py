@@ -11,6 +11,7 @@ import torch
 from nerfstudio.engine.trainer import TrainerConfig
 from torch import Tensor
 
+from diffusion_prior.files import whole_file
 from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.methods import (
     datamanager_of,
@@ -72,7 +73,8 @@ def store_views(scene: WholeScene) -> None:
                 "intrinsics": torch.tensor([float(value) for value in (camera.fx, camera.fy, camera.cx, camera.cy)]),
             }
         )
-    save_whole(views, scene.output)
+    with whole_file(scene.output) as partial:
+        torch.save(views, partial)
 
 
 def _config(scene: WholeScene) -> TrainerConfig:
@@ -99,11 +101,3 @@ def _config(scene: WholeScene) -> TrainerConfig:
 def _as_uint8(image: Tensor) -> Tensor:
     image = image.detach().cpu()
     return image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def save_whole(value: object, path: Path) -> None:
-    """Write a file that is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    torch.save(value, part)
-    part.replace(path)

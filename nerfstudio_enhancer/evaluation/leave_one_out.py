@@ -7,7 +7,6 @@ is in `held_out`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from diffusion_prior.files import whole_file
 from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import FIGURES, text_table
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
@@ -193,12 +193,10 @@ def _train(fold: Fold) -> list[dict[str, Any]]:
 
 def write_split(fold: Fold) -> Path:
     """The list of views of one training, as the dataparser takes it."""
-    fold.folder.mkdir(parents=True, exist_ok=True)
     path = fold.folder / "split.json"
     content = {"train": fold.reference, "test": [fold.left_out, *fold.test]}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(content), encoding="utf-8")
     return path
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from diffusion_prior.files import whole_file
 
 RESULTS_FILE = "results.json"
 CELL_KEYS = ("scene", "views", "seed", "method")
@@ -73,9 +74,6 @@ def load_results(folder: Path, settings: dict[str, Any]) -> Results:
 
 def save_results(results: Results, folder: Path) -> None:
     """Write the results so that the file is always whole, whenever the process dies."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / RESULTS_FILE
-    partial = path.with_name(f".{path.name}.partial")
     content = {"settings": results.settings, "cells": results.cells, "failures": results.failures}
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with whole_file(folder / RESULTS_FILE) as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from diffusion_prior.files import whole_file
+
 ROWS = 4
 """Test views on a sheet, evenly spread."""
 LABEL_HEIGHT_PX = 18
@@ -40,10 +42,8 @@ def write_comparison(renders: Mapping[str, Path], path: Path) -> None:
         for column, picture in enumerate(row):
             sheet.paste(picture, (column * width, top))
         top += height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}")
-    sheet.save(partial, format="PNG")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        sheet.save(partial, format="PNG")
 
 
 def _shown(folder: Path) -> list[str]:

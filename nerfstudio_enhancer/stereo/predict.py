@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_prior.files import whole_file
 from nerfstudio_enhancer.stereo.config import SweepConfig
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork, DepthNetworkConfig
 from nerfstudio_enhancer.stereo.sweep import matching_cost, pixel_grid
@@ -139,6 +140,5 @@ def save_network(network: DepthNetwork, path: Path) -> None:
     from safetensors.torch import save_file
 
     weights = {name: value.half().contiguous() for name, value in network.state_dict().items()}
-    part = path.with_name(path.name + ".part")
-    save_file(weights, part, metadata={"config": network.config.to_text()})
-    part.replace(path)
+    with whole_file(path) as partial:
+        save_file(weights, partial, metadata={"config": network.config.to_text()})
