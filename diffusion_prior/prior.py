@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLTemporalDecoder
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -157,7 +158,7 @@ class VideoPrior:
     def effective_config(self) -> PriorConfig:
         """`config` with what `sampling` asks for instead."""
         names = {"steps": "num_inference_steps", "num_frames": "num_frames"}
-        names |= {name: name for name in ("min_guidance", "max_guidance")}
+        names |= {name: name for name in ("min_guidance", "max_guidance", "colour_correction")}
         asked = {ours: getattr(self.sampling, theirs) for theirs, ours in names.items()}
         asked = {name: value for name, value in asked.items() if value is not None}
         frames = asked.get("num_frames", self.config.num_frames)
@@ -249,7 +250,7 @@ class VideoPrior:
         fitted = fit_clip(clip, self.fit, self.frame_size)
         with explain_exhaustion(self, fitted.clip):
             rgb = fitted.restore(self.decode(self.predict_latents(fitted.clip, generator), fitted.clip))
-        if self.config.colour_correction:
+        if self.effective_config.colour_correction:
             rgb = match_first_reference(rgb, clip.rgb[0].to(rgb)).clamp(0, 1)
         return EnhancedClip(rgb=rgb)
 
@@ -304,7 +305,7 @@ class VideoPrior:
         height, width = clip.rgb.shape[-2:]
         rgb, alpha, disparity = self._padded(clip)
         condition = decoder_condition(rgb, alpha, disparity, self._warped(clip))
-        dtype, factor = self.std.dtype, self.latent_factor
+        factor = self.latent_factor
         size, overlap = self.effective_config.num_frames, self.effective_config.window_overlap
         if self.preset.decode_frames is not None and self.preset.decode_frames < size:
             size, overlap = self.preset.decode_frames, 1 if self.preset.decode_frames > 3 else 0
@@ -315,15 +316,22 @@ class VideoPrior:
 
         def decode_window(index: Tensor) -> Tensor:
             def decode_tile(tile: Tile) -> Tensor:
-                part = tile.of(latents[index])[None].to(self.device, dtype)
-                frames = self.std(part, tile.times(factor).of(condition[index])[None].to(dtype))
-                return to_unit(frames[0].float())
+                part = tile.of(latents[index]).to(self.device)
+                if not self.sampling.std:
+                    return self.decode_stock(part.to(self.vae.dtype))
+                told = tile.times(factor).of(condition[index]).to(self.std.dtype)
+                return to_unit(self.std(part[None].to(self.std.dtype), told[None])[0].float())
 
             return blend_tiles(decode_tile, tiles, factor)
 
-        with self._resident("std"):
+        with self._resident("std" if self.sampling.std else "vae"):
             frames = blend_windows(decode_window, windows, clip.num_frames)
         return frames[..., :height, :width].clamp(0, 1)
+
+    def decode_stock(self, latents: Float[Tensor, "t c h2 w2"]) -> Float[Tensor, "t 3 h w"]:
+        """Frames in [0, 1] (not clamped) from unscaled latents by the VAE's own decoder, without the STD."""
+        decoded = self.vae.decode(latents, num_frames=latents.shape[0], return_dict=False)[0]
+        return to_unit(F.pixel_shuffle(decoded.float(), self.config.patch_size))  # type: ignore[union-attr]
 
     def condition(self, clip: ConditionClip, generator: torch.Generator) -> LatentCondition:
         """What the UNet is told about one clip (batch of 1)."""

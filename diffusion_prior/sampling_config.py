@@ -28,6 +28,10 @@ class SamplingConfig:
     """Classifier-free guidance at a clip's first frame."""
     max_guidance: float | None = None
     """Classifier-free guidance at a clip's last frame; at 1 and 1 the unconditional pass is left out: half the time."""
+    std: bool = True
+    """Decode with the spatial-temporal decoder, which sees the renders; False: with the VAE's own."""
+    colour_correction: bool | None = None
+    """Match every frame's mean and standard deviation to the first reference's, as the paper does."""
     num_frames: int | None = None
     """Longest window; longer clips go in overlapping ones. Fewer frames take less memory."""
     fit: Fit = "auto"

@@ -30,7 +30,6 @@ from diffusion_prior.training.setup import (
     training_gaps,
     write_prior,
 )
-from diffusion_prior.training.train_vae import decode_stock
 from diffusion_prior.training.trainable import choose_trainable
 from diffusion_prior.training.validation import condition_clip, judge
 
@@ -151,11 +150,11 @@ class LdmTask(Task):
 
     def _sample(self, clip: ClipBatch, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(number)
-        return decode_stock(self.prior, self.prior.predict_latents(condition_clip(clip), generator)).cpu()
+        return self.prior.decode_stock(self.prior.predict_latents(condition_clip(clip), generator)).cpu()
 
     def _reconstruct(self, clip: ClipBatch, number: int) -> Tensor:
         rgb = to_float(clip.target[0].to(self.prior.device))
-        return decode_stock(self.prior, encode_frames(self.prior.vae, rgb, self.prior.config.patch_size)).cpu()
+        return self.prior.decode_stock(encode_frames(self.prior.vae, rgb, self.prior.config.patch_size)).cpu()
 
 
 def run(config: LdmConfig) -> None:

@@ -35,7 +35,6 @@ from diffusion_prior.training.setup import (
     write_prior,
 )
 from diffusion_prior.training.train_ldm import batch_condition
-from diffusion_prior.training.train_vae import decode_stock
 from diffusion_prior.training.validation import condition_clip, judge
 from diffusion_prior.types import WARP_CHANNELS
 
@@ -176,7 +175,7 @@ class StdTask(Task):
         return self.prior.predict_latents(condition_clip(clip), torch.Generator().manual_seed(number))
 
     def _stock(self, clip: ClipBatch, number: int) -> Tensor:
-        return decode_stock(self.prior, self._latents_of(clip, number)).cpu()
+        return self.prior.decode_stock(self._latents_of(clip, number)).cpu()
 
     def _enhance(self, clip: ClipBatch, number: int) -> Tensor:
         return self.prior.decode(self._latents_of(clip, number), condition_clip(clip)).cpu()

@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_prior.conditioning import encode_frames, to_signed, to_unit
+from diffusion_prior.conditioning import encode_frames, to_signed
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_float
 from diffusion_prior.prior import VideoPrior
 from diffusion_prior.std import SpatialTemporalDecoder
@@ -119,15 +119,9 @@ class VaeTask(Task):
     def _reconstruct(self, source: Callable[[ClipBatch], Tensor]) -> Callable[[ClipBatch, int], Tensor]:
         def reconstruct(clip: ClipBatch, number: int) -> Tensor:
             rgb = to_float(source(clip)[0].to(self.prior.device))
-            return decode_stock(self.prior, encode_frames(self.prior.vae, rgb, self.prior.config.patch_size)).cpu()
+            return self.prior.decode_stock(encode_frames(self.prior.vae, rgb, self.prior.config.patch_size)).cpu()
 
         return reconstruct
-
-
-def decode_stock(prior: VideoPrior, latents: Float[Tensor, "t c h2 w2"]) -> Float[Tensor, "t 3 h w"]:
-    """Frames in [0, 1] (not clamped) from unscaled latents by the VAE's own decoder, without the STD."""
-    decoded = prior.vae.decode(latents, num_frames=latents.shape[0], return_dict=False)[0]
-    return to_unit(F.pixel_shuffle(decoded.float(), prior.config.patch_size))  # type: ignore[union-attr]
 
 
 def run(config: VaeConfig) -> None:

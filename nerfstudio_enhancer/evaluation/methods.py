@@ -73,6 +73,19 @@ METHODS = {
     "no-pixel-confidence": Method(
         "the whole without pixel confidence", feed="enhanced", settings={"enhance.pixel_confidence": False}
     ),
+    "no-std": Method(
+        "the whole without the spatial-temporal decoder", feed="enhanced", settings={"enhance.sampling.std": False}
+    ),
+    "colour-correction": Method(
+        "the whole with the paper's colour correction",
+        feed="enhanced",
+        settings={"enhance.sampling.colour_correction": True},
+    ),
+    "refresh": Method(
+        "the whole with a second round halfway from the first to the end",
+        feed="enhanced",
+        settings={"enhance.rounds": 2},
+    ),
     "oracle": Method("ceiling: real photographs of unused views fed back", feed="photographs"),
 }
 

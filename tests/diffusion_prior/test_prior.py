@@ -301,6 +301,22 @@ def test_a_seed_of_its_own_makes_the_generator_irrelevant():
     assert not torch.equal(prior.enhance(clip, seeded(0)).rgb, first)
 
 
+@torch.no_grad()
+def test_without_std_the_vaes_own_decoder_decodes():
+    prior, clip = tiny_prior(), random_clip(4, 16, 16)
+    randomise(prior.std)
+    latents = prior.predict_latents(clip, seeded())
+    prior.sampling = SamplingConfig(std=False)
+    torch.testing.assert_close(prior.enhance(clip, seeded()).rgb, prior.decode_stock(latents).clamp(0, 1))
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_colour_correction_can_be_asked_for_and_declined(own):
+    prior, other, clip = tiny_prior(colour_correction=own), tiny_prior(colour_correction=not own), random_clip()
+    prior.sampling = SamplingConfig(colour_correction=not own)
+    assert torch.equal(prior.enhance(clip, seeded()).rgb, other.enhance(clip, seeded()).rgb)
+
+
 @pytest.mark.parametrize("sampler", ["heun", "dpm++2m"])
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])
 def test_other_samplers_and_schedules_give_other_frames(sampler, schedule):
