@@ -91,10 +91,27 @@ class TimePrior:
     """Measured times, after one that is not measured."""
 
 
+@dataclass(frozen=True)
+class ConvertPairs:
+    """Convert paired data between this package's format and that of 3DGS-Enhancer's authors.
+
+    The authors' scenes (COLMAP folders with `lr/<k>/train_<k>`) hold no opacity, depth and warped references: their renders count as
+    opaque, at unknown depth and seen by no reference. The full-size prior takes none of these; the bundled one learns less from them.
+    """
+
+    input: Path
+    """Folder to read: ours (`<scene>/k<views>_s<seed>_n<steps>`), or one with the authors' scenes in it."""
+    output: Path
+    """Folder to write to. Nothing in it is overwritten."""
+    to: Literal["authors", "ours"]
+    """Which format to write."""
+
+
 COMMANDS = {
     "benchmark": Benchmark,
     "leave-one-out": LeaveOneOut,
     "make-pairs": MakePairs,
+    "convert-pairs": ConvertPairs,
     "train-depth": TrainDepth,
     "bench-rasterizer": BenchRasterizer,
     "inspect-prior": InspectPrior,
@@ -127,6 +144,7 @@ def _run(command: object) -> None:
         Benchmark: _benchmark,
         LeaveOneOut: _leave_one_out,
         MakePairs: _make_pairs,
+        ConvertPairs: _convert_pairs,
         TrainDepth: _train_depth,
         BenchRasterizer: _bench_rasterizer,
         InspectPrior: _inspect_prior,
@@ -152,6 +170,13 @@ def _make_pairs(command: MakePairs) -> None:
     from nerfstudio_enhancer.pairs.make_pairs import make_pairs
 
     make_pairs(command)
+
+
+def _convert_pairs(command: ConvertPairs) -> None:
+    from nerfstudio_enhancer.pairs.authors_layout import convert_pairs
+
+    written = convert_pairs(command.input, command.output, command.to)
+    print(f"{len(written)} {'scenes' if command.to == 'authors' else 'runs'} written to {command.output}.")
 
 
 def _train_depth(command: TrainDepth) -> None:

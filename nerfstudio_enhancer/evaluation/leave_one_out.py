@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from diffusion_prior.files import whole_file
 from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import FIGURES, text_table
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
@@ -193,6 +192,8 @@ def _train(fold: Fold) -> list[dict[str, Any]]:
 
 def write_split(fold: Fold) -> Path:
     """The list of views of one training, as the dataparser takes it."""
+    from diffusion_prior.files import whole_file  # with torch, which `ns-enhancer --help` does without
+
     path = fold.folder / "split.json"
     content = {"train": fold.reference, "test": [fold.left_out, *fold.test]}
     with whole_file(path) as partial:

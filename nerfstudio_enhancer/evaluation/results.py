@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from diffusion_prior.files import whole_file
-
 RESULTS_FILE = "results.json"
 CELL_KEYS = ("scene", "views", "seed", "method")
 
@@ -74,6 +72,8 @@ def load_results(folder: Path, settings: dict[str, Any]) -> Results:
 
 def save_results(results: Results, folder: Path) -> None:
     """Write the results so that the file is always whole, whenever the process dies."""
+    from diffusion_prior.files import whole_file  # with torch, which `ns-enhancer --help` does without
+
     content = {"settings": results.settings, "cells": results.cells, "failures": results.failures}
     with whole_file(folder / RESULTS_FILE) as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
