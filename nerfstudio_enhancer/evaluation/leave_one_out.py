@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
+from nerfstudio_enhancer.evaluation.results import Results, cell_key, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import FIGURES, text_table
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 from nerfstudio_enhancer.scene.capture import read_capture
@@ -106,7 +106,10 @@ def leave_one_out(settings: LeaveOneOut) -> Results:
         settings.output, {"checks": settings.checks, "max_image_size": settings.max_image_size, "seed": settings.seed}
     )
     measured = {LEFT_OUT, TEST} if settings.with_test_views else {LEFT_OUT}
-    results.cells = [cell for cell in results.cells if measured <= set(cell["curve"][0])]
+    planned = {fold.key for fold in folds}
+    results.drop(
+        {key for cell in results.cells if (key := cell_key(cell)) in planned and not measured <= set(cell["curve"][0])}
+    )
     missing = [fold for fold in folds if not results.has(fold.key)]
     CONSOLE.print(f"{len(folds)} trainings, {len(folds) - len(missing)} of them done already.")
     workers, threads = workers_and_threads(settings.jobs)
@@ -208,9 +211,10 @@ def curves_table(cells: Sequence[dict[str, Any]]) -> str:
         curves = [
             cell["curve"] for cell in cells if (cell["scene"], cell["views"], cell["steps"]) == (scene, views, steps)
         ]
+        best = best_check(curves)
         for at, checks in enumerate(zip(*curves)):
             told = [_figures(checks, group) for group in (LEFT_OUT, TEST) if all(group in check for check in checks)]
-            marks = "best PSNR" if at == best_check(curves) else ""
+            marks = "best PSNR" if at == best else ""
             rows.append(
                 [scene, str(views), str(steps), str(checks[0]["step"]), *told, *([""] if len(told) < 2 else []), marks]
             )

@@ -83,8 +83,12 @@ def test_a_training_is_measured_on_the_way_and_repeated_only_for_test_views(nerf
     assert json.loads((tmp_path / "results.json").read_text())["cells"] == [entry]
 
     assert leave_one_out(settings).cells == [entry]
+    other = {**entry, "scene": "another", "method": "of another command"}
+    content = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**content, "cells": [other, entry]}))
     more = LeaveOneOut(**{**vars(settings), "with_test_views": True})
-    (again,) = leave_one_out(more).cells
+    kept, again = leave_one_out(more).cells
+    assert kept == other
     assert set(again["curve"][0]) == {"step", "left_out", "test"}
     # the same training, whoever else is measured
     assert [check["left_out"] for check in again["curve"]] == [check["left_out"] for check in entry["curve"]]
