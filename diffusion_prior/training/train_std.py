@@ -51,6 +51,9 @@ class StdConfig(TrainingConfig):
     """Which clips are drawn, and how they are varied."""
     lpips_weight: float = 0.1
     """Weight of LPIPS beside the absolute error of pictures in [-1, 1]."""
+    l2_weight: float = 0.0
+    """Weight of the squared error beside the absolute one: where several pictures are possible it asks for their mean, which
+    PSNR rewards, and not for their median."""
     adversarial_weight: float = 0.0
     """Weight of the patch discriminator's verdict; 0 trains without one."""
     adversarial_start: float = 0.5
@@ -117,8 +120,9 @@ class StdLosses(Losses):
         condition = decoder_condition(*map(to_float, pictures))
         pred = self.std(self._latents(batch, generator), condition).float()
         middle, truth = (rearrange(frames[:, 1:-1], "b t c h w -> (b t) c h w") for frames in (pred, target))
-        parts = {"l1": (pred - target).abs().mean(), "lpips": perceptual_distance(middle, truth)}
-        loss = parts["l1"] + config.lpips_weight * parts["lpips"]
+        error = pred - target
+        parts = {"l1": error.abs().mean(), "l2": error.square().mean(), "lpips": perceptual_distance(middle, truth)}
+        loss = parts["l1"] + config.l2_weight * parts["l2"] + config.lpips_weight * parts["lpips"]
         if self.discriminator is not None:
             self._made, self._real = middle.detach(), truth
             if progress >= config.adversarial_start:
