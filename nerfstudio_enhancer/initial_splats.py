@@ -20,6 +20,7 @@ from torch import Tensor
 from nerfstudio_enhancer.conventions import world_to_camera_opencv
 from nerfstudio_enhancer.focus import focus_of_axes
 from nerfstudio_enhancer.stereo.config import StereoConfig
+from nerfstudio_enhancer.threads import map_on_threads
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.stereo.depth import StereoDepth
@@ -340,9 +341,14 @@ class _Features:
 
 def match_features(views: Sequence[ReferenceView], config: TriangulationConfig) -> Tracks:
     """Match SIFT features of the photographs along the epipolar lines of the known poses, and join pairs to tracks."""
-    features = [_extract(view, config) for view in views]
+    features = map_on_threads(lambda view: _extract(view, config), views)
     pairs = _pairs_to_match(views, config)
-    matches = [_match(features[i], features[j], _essential(views[i], views[j]), config) for i, j in pairs]
+
+    def matched(pair: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        i, j = pair
+        return _match(features[i], features[j], _essential(views[i], views[j]), config)
+
+    matches = map_on_threads(matched, pairs)
     return _join_tracks(features, pairs, matches)
 
 

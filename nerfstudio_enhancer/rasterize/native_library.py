@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
-ABI_VERSION = 1
+ABI_VERSION = 2
 ISA_VARIABLE = "NERFSTUDIO_ENHANCER_ISA"
 """Environment variable that forces an instruction set: avx512, avx2 or baseline."""
 INSTRUCTION_SETS = ("avx512", "avx2", "baseline")
@@ -73,6 +73,29 @@ class SsimArgs(ctypes.Structure):
     ]
 
 
+class PatchSource(ctypes.Structure):
+    """NsePatchSource of native/interface.h."""
+
+    _fields_ = [
+        *[(name, c_void_p) for name in ("pairs", "base", "moves")],
+        *[(name, c_int64) for name in ("height", "width")],
+        ("epipole", c_float * 3),
+        ("reserved", c_float),
+    ]
+
+
+class PatchArgs(ctypes.Structure):
+    """NsePatchArgs of native/interface.h."""
+
+    _fields_ = [
+        ("pixels", c_int64),
+        *[(name, c_int32) for name in ("sources", "samples", "threads")],
+        ("floor", c_float),
+        ("source", POINTER(PatchSource)),
+        *[(name, c_void_p) for name in ("weights", "view", "mean", "variance", "offsets", "planes", "cost")],
+    ]
+
+
 @cache
 def load_library() -> ctypes.CDLL | None:
     """The compiled library, or None where the installation had no compiler.
@@ -96,8 +119,9 @@ def load_library() -> ctypes.CDLL | None:
         return None
     library.nse_struct_size.restype = c_int64
     library.nse_struct_size.argtypes = [c_int]
-    sizes = [library.nse_struct_size(which) for which in range(3)]
-    expected = [ctypes.sizeof(struct) for struct in (ProjectArgs, RasterArgs, SsimArgs)]
+    structs = (ProjectArgs, RasterArgs, SsimArgs, PatchArgs, PatchSource)
+    sizes = [library.nse_struct_size(which) for which in range(len(structs))]
+    expected = [ctypes.sizeof(struct) for struct in structs]
     if library.nse_abi_version() != ABI_VERSION or sizes != expected:
         raise RuntimeError(
             f"{LIBRARY_PATH} does not fit this version of nerfstudio-enhancer (structure sizes {sizes}, "
@@ -107,6 +131,7 @@ def load_library() -> ctypes.CDLL | None:
         for direction in ("forward", "backward"):
             function = getattr(library, f"nse_{name}_{direction}")
             function.argtypes, function.restype = [POINTER(struct)], c_int
+    library.nse_patch_cost.argtypes, library.nse_patch_cost.restype = [POINTER(PatchArgs)], c_int
     library.nse_frame_blended.argtypes = [c_void_p, c_int64, POINTER(c_int64)]
     library.nse_frame_blended.restype = None
     library.nse_vector_seconds.restype = c_double

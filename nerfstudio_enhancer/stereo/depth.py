@@ -22,6 +22,7 @@ from nerfstudio_enhancer.stereo.sweep import (
     winner,
 )
 from nerfstudio_enhancer.stereo.views import StereoView, choose_sources
+from nerfstudio_enhancer.threads import map_on_threads
 
 
 @dataclass(frozen=True)
@@ -55,18 +56,22 @@ def estimate_depth(
     fine = [view.resized(min(config.refine_px, max(view.size))) for view in views]
     coarse = [view.resized(min(config.sweep_px, max(view.size))) for view in views]
     sources = choose_sources(fine, depth_ranges, config.max_sources)
-    found = []
-    for index, depth_range in enumerate(depth_ranges):
+    # Of each view's own: what is drawn must not depend on which thread comes first.
+    seeds = torch.randint(1 << 62, (len(views),), generator=generator).tolist()
+
+    def planes_of(index: int) -> Planes | None:
         others = sources[index]
         if not others:
-            found.append(None)
-            continue
-        inverse, planes = _swept(coarse[index], [coarse[i] for i in others], depth_range, config.sweep)
-        inverse = F.interpolate(inverse[None, None], fine[index].size, mode="nearest")[0, 0]
+            return None
+        seen, beside = fine[index], [fine[i] for i in others]
+        inverse, planes = _swept(coarse[index], [coarse[i] for i in others], depth_ranges[index], config.sweep)
+        inverse = F.interpolate(inverse[None, None], seen.size, mode="nearest")[0, 0]
         bounds, step = (float(planes[0]), float(planes[-1])), float(planes[1] - planes[0])
-        others = [fine[i] for i in others]
-        found.append(refine(fine[index], others, inverse, step, bounds, config.refine, generator))
-    return [_checked(index, fine, found, config) for index in range(len(fine))]
+        own = torch.Generator().manual_seed(seeds[index])
+        return refine(seen, beside, inverse, step, bounds, config.refine, own)
+
+    found = map_on_threads(planes_of, range(len(views)))
+    return map_on_threads(lambda index: _checked(index, fine, found, config), range(len(fine)))
 
 
 def _swept(

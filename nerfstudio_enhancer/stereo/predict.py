@@ -17,6 +17,7 @@ from nerfstudio_enhancer.stereo.config import SweepConfig
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork, DepthNetworkConfig
 from nerfstudio_enhancer.stereo.sweep import matching_cost, pixel_grid
 from nerfstudio_enhancer.stereo.views import StereoView, choose_sources
+from nerfstudio_enhancer.threads import map_on_threads
 
 WEIGHTS_PATH = Path(__file__).parent / "weights" / "depth_network.safetensors"
 
@@ -75,14 +76,17 @@ def predict_depth(
     network = bundled_network()
     small = [view.resized(min(NETWORK_PX, max(view.size))) for view in views]
     sources = choose_sources(views, depth_ranges, max_sources)
-    found = []
-    for view, whole, others, (near, far) in zip(small, views, sources, depth_ranges):
+    network.to(views[0].grey.device)
+
+    def likely(index: int) -> DepthDistribution:
+        view, (near, far) = small[index], depth_ranges[index]
         planes = torch.linspace(1 / far, 1 / near, network.config.num_planes).to(view.grey)
-        cost = costs_of(view, [small[i] for i in others], planes)
-        network.to(cost.device)
-        logits = network(cost[None], picture_at(whole.rgb, view.size)[None], rays(view, (near, far))[None])
-        found.append(DepthDistribution(view, planes, logits[0].softmax(0)))
-    return found
+        cost = costs_of(view, [small[i] for i in sources[index]], planes)
+        picture = picture_at(views[index].rgb, view.size)
+        logits = network(cost[None], picture[None], rays(view, (near, far))[None])
+        return DepthDistribution(view, planes, logits[0].softmax(0))
+
+    return map_on_threads(likely, range(len(views)))
 
 
 def costs_of(view: StereoView, sources: Sequence[StereoView], planes: Float[Tensor, " d"]) -> Float[Tensor, "d h w"]:

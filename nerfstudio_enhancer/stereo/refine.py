@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nerfstudio_enhancer.stereo.config import RefineConfig
-from nerfstudio_enhancer.stereo.sweep import UNSEEN, BetterHalf, Relative, pixel_grid
+from nerfstudio_enhancer.stereo.patches import Patches
 from nerfstudio_enhancer.stereo.views import StereoView
 
 
@@ -51,7 +51,7 @@ def refine(
         config: settings.
         generator: of the random changes, on the CPU.
     """
-    patches = _Patches(view, sources, config)
+    patches = Patches(view, sources, config)
     slopes = torch.stack(_gradients(inverse_depth)).clamp(-step, step)
     state = torch.cat([inverse_depth[None], slopes])
     cost = patches.cost(state)
@@ -110,67 +110,3 @@ def _roughness(planes: Float[Tensor, "3 h w"], said: Float[Tensor, "h w"], step:
 def _gradients(image: Float[Tensor, "h w"]) -> tuple[Tensor, Tensor]:
     padded = F.pad(image[None, None], (1, 1, 1, 1), mode="replicate")[0, 0]
     return (padded[1:-1, 2:] - padded[1:-1, :-2]) / 2, (padded[2:, 1:-1] - padded[:-2, 1:-1]) / 2
-
-
-class _Patches:
-    """Cost of planes: 1 - weighted ZNCC of patches warped by them, halved."""
-
-    def __init__(self, view: StereoView, sources: Sequence[StereoView], config: RefineConfig) -> None:
-        self.sources = sources
-        self.floor = config.texture_floor**2
-        grid = pixel_grid(view)
-        radius = config.patch_radius
-        steps = torch.arange(-radius, radius + 1, config.patch_step)
-        rows, columns = torch.meshgrid(steps, steps, indexing="ij")
-        self.offsets = torch.stack([columns.flatten(), rows.flatten()]).to(view.grey)
-        padded = F.pad(view.grey[None, None], (radius,) * 4, mode="replicate")[0, 0]
-        height, width = view.size
-        self.samples = torch.stack(
-            [
-                padded[radius + row : radius + row + height, radius + column : radius + column + width]
-                for column, row in zip(columns.flatten().tolist(), rows.flatten().tolist())
-            ]
-        )
-        near = torch.exp(-((self.offsets / radius) ** 2).sum(0) / 2)
-        alike = torch.exp(-((self.samples - view.grey) ** 2) / (2 * config.colour_sigma**2))
-        self.weights = near[:, None, None] * alike
-        self.weights = self.weights / self.weights.sum(0)
-        self.mean = (self.weights * self.samples).sum(0)
-        self.variance = (self.weights * self.samples**2).sum(0) - self.mean**2
-        # infinite @ (u + du, v + dv, 1) for all samples is an affine function of the offset.
-        self.warps = []
-        for source in sources:
-            relative = Relative.between(view, source)
-            base = torch.einsum("ij,jhw->ihw", relative.infinite, grid)
-            self.warps.append((relative, base))
-
-    def cost(self, planes: Float[Tensor, "3 h w"]) -> Float[Tensor, "h w"]:
-        """Mean over the better half of the sources that see the whole patch; 0.5 where none does."""
-        inverse = planes[0] + planes[1] * self.offsets[0, :, None, None] + planes[2] * self.offsets[1, :, None, None]
-        best = BetterHalf(tuple(planes[0].shape), planes)
-        for source, (relative, base) in zip(self.sources, self.warps):
-            best.add(self._cost_in(source, relative, base, inverse))
-        return best.mean()
-
-    def _cost_in(self, source: StereoView, relative: Relative, base: Tensor, inverse: Float[Tensor, "p h w"]) -> Tensor:
-        moved = relative.infinite[:, :2] @ self.offsets
-        samples, rows, columns = inverse.shape
-        z = base[2] + moved[2, :, None, None] + relative.epipole[2] * inverse
-        positive = z.clamp(min=1e-6)
-        grid = inverse.new_empty(samples, rows, columns, 2)
-        for axis in range(2):
-            place = torch.addcmul(base[axis] + moved[axis, :, None, None], inverse, relative.epipole[axis])
-            torch.div(place, positive, out=grid[..., axis])
-        centre = samples // 2
-        seen = (grid[centre].abs().amax(-1) <= 1) & (z.amin(0) > 1e-6)
-        grid = grid.reshape(1, samples * rows, columns, 2)
-        warped = F.grid_sample(source.grey[None, None], grid, padding_mode="border", align_corners=False)
-        warped = warped.reshape(samples, rows, columns)
-        weighted = self.weights * warped
-        mean = weighted.sum(0)
-        variance = (weighted * warped).sum(0) - mean**2
-        covariance = (weighted * self.samples).sum(0) - mean * self.mean
-        correlation = covariance / torch.sqrt(
-            (self.variance.clamp(min=0) + self.floor) * (variance.clamp(min=0) + self.floor)
-        )
-        return torch.where(seen, (1 - correlation) / 2, torch.full_like(mean, UNSEEN))

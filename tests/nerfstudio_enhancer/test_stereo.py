@@ -10,8 +10,10 @@ from scenes import TinyScene, reference_view, tiny_scene
 from nerfstudio_enhancer.contact_sheet import write_depth_sheet
 from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, seed_points
 from nerfstudio_enhancer.losses import depth_loss
+from nerfstudio_enhancer.rasterize import native_library
 from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
 from nerfstudio_enhancer.stereo.depth import StereoDepth, estimate_depth
+from nerfstudio_enhancer.stereo.patches import Patches
 from nerfstudio_enhancer.stereo.predict import DepthDistribution
 from nerfstudio_enhancer.stereo.refine import refine
 from nerfstudio_enhancer.stereo.seeds import consistent_points, known_depth, unexplained_pixels, world_points
@@ -120,6 +122,24 @@ def test_refinement_finds_the_slant_of_a_textured_plane() -> None:
     assert float(planes.state[1][inner].median()) == pytest.approx(-1 / 400, abs=5e-4)
     assert float(planes.state[2][inner].median()) == pytest.approx(0, abs=5e-4)
     assert float(planes.cost[inner].median()) < 0.08
+
+
+@pytest.mark.parametrize("isa", native_library.available_instruction_sets())
+def test_the_kernels_know_what_patches_cost(scene: TinyScene, isa: str) -> None:
+    views = [stereo_view(reference_view(scene, index), 90) for index in range(5)]
+    generator = torch.Generator().manual_seed(0)
+    planes = torch.randn(3, *views[0].size, generator=generator)
+    planes = planes * torch.tensor([0.2, 0.01, 0.01])[:, None, None] + torch.tensor([0.3, 0, 0])[:, None, None]
+    for others in ([1], [1, 2], [4, 3, 2, 1]):
+        patches = Patches(views[0], [views[i] for i in others], RefineConfig())
+        with native_library.instruction_set(isa):
+            cost = patches.cost(planes)
+        patches.native = None
+        expected = patches.cost(planes)
+        assert (expected == 0.5).any()  # planes that nobody sees
+        assert (expected < 0.3).any()
+        # A whole patch is seen or not: where a place lies on the very side of a source, rounding decides.
+        assert ((cost - expected).abs() < 1e-3).float().mean() > 0.9995
 
 
 # ------------------------------------------------------------------------------------------------- matching

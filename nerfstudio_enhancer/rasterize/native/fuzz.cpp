@@ -2,7 +2,7 @@
 // with sanitizers. Every buffer has exactly the promised size. Prints the counts; the first violation ends it with status 1.
 //
 // What must hold: no crash and no access outside; NaN and infinity are reported with the right bit; opacity lies in
-// [0, 1]; ordinary inputs give finite images and gradients; the number of threads changes no bit.
+// [0, 1], matching costs are finite; ordinary inputs give finite images and gradients; the number of threads changes no bit.
 //
 // `fuzz CALLS SEED INSTRUCTION_SET FILE` calls it with ordinary inputs only and writes what comes out, so that builds can be
 // compared: for each array its length (int64) and its values (float32), in the byte order of the machine.
@@ -24,6 +24,7 @@ int nse_raster_forward(const NseRasterArgs*);
 int nse_raster_backward(const NseRasterArgs*);
 int nse_ssim_forward(const NseSsimArgs*);
 int nse_ssim_backward(const NseSsimArgs*);
+int nse_patch_cost(const NsePatchArgs*);
 void* nse_frame_acquire();
 void nse_frame_release(void*);
 int64_t nse_frame_intersections(const void*);
@@ -275,6 +276,49 @@ void fuzz_ssim(uint64_t call, Random& r) {
   if (!(mean > -1.001 && mean < 1.001) || !all_finite(grad)) violation(call, "SSIM outside [-1, 1] or its gradient not finite");
 }
 
+// Cost of random planes, of which some are broken, with sources in front, behind and aside.
+Floats run_patch_cost(Random r, bool ordinary, int threads) {
+  const int64_t pixels = 16 + r.below(3000);
+  const int32_t samples = 1 + 2 * r.below(5), sources = r.below(5);
+  const auto floats = [&](int64_t count, float low, float high) {
+    Floats values((size_t)count);
+    for (float& v : values) v = low + (high - low) * r.uniform();
+    return values;
+  };
+  const auto whole = [&](Floats values) {
+    if (!ordinary && r.one_in(2)) values[(size_t)r.below((int)values.size())] = r.pick({NAN, INFINITY, -INFINITY, FLT_MAX, -FLT_MAX});
+    return values;
+  };
+  const Floats weights = floats(samples * pixels, 0, 1.0f / samples), view = floats(samples * pixels, 0, 1);
+  const Floats mean = floats(pixels, 0, 1), variance = floats(pixels, 0, 0.25f), offsets = floats(2 * samples, -4, 4);
+  const Floats planes = whole(floats(3 * pixels, -1, 1));
+  std::vector<Floats> bases, moves;
+  std::vector<std::vector<int32_t>> pairs;
+  std::vector<NsePatchSource> given;
+  for (int32_t n = 0; n < sources; ++n) {
+    const int64_t height = 1 + r.below(20), width = 1 + r.below(20);
+    bases.push_back(whole(floats(3 * pixels, -2, 2))), moves.push_back(whole(floats(3 * samples, -0.1f, 0.1f)));
+    pairs.emplace_back((size_t)(height * (width + 1)));
+    for (int32_t& pair : pairs.back()) pair = (int32_t)(uint32_t)r.next();
+    given.push_back({pairs.back().data(), bases.back().data(), moves.back().data(), height, width, {r.normal(), r.normal(), r.normal()}, 0});
+  }
+  Floats cost((size_t)pixels, NAN);
+  NsePatchArgs a = {};
+  a.pixels = pixels, a.sources = sources, a.samples = samples, a.threads = threads, a.floor = 4e-4f, a.source = given.data();
+  a.weights = weights.data(), a.view = view.data(), a.mean = mean.data(), a.variance = variance.data();
+  a.offsets = offsets.data(), a.planes = planes.data(), a.cost = cost.data();
+  nse_patch_cost(&a);
+  return cost;
+}
+
+void fuzz_patch_cost(uint64_t call, Random& r) {
+  const Random same = {r.next()};
+  const bool ordinary = r.one_in(2);
+  const Floats cost = run_patch_cost(same, ordinary, 1);
+  if (!all_finite(cost)) violation(call, "a matching cost is not finite");
+  if (cost != run_patch_cost(same, ordinary, 3)) violation(call, "the number of threads changed the matching cost");
+}
+
 bool write(std::FILE* file, const Floats& values) {
   const int64_t size = (int64_t)values.size();
   return std::fwrite(&size, sizeof size, 1, file) == 1 && std::fwrite(values.data(), sizeof(float), values.size(), file) == values.size();
@@ -287,6 +331,8 @@ bool write_outputs(std::FILE* file, uint64_t calls, Random& r) {
       Floats grad;
       const double mean = run_ssim(call, r, grad);
       good = write(file, {(float)mean}) && write(file, grad);
+    } else if (call % 16 == 14) {
+      good = write(file, run_patch_cost({r.next()}, true, 1));
     } else {
       const Scene s = draw_scene(r, true);
       Result out;
@@ -313,6 +359,8 @@ int main(int count, char** arguments) {
   for (uint64_t call = 0; call < calls; ++call) {
     if (call % 16 == 15)
       fuzz_ssim(call, r);
+    else if (call % 16 == 14)
+      fuzz_patch_cost(call, r);
     else
       fuzz_raster(call, r);
   }

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-#define NSE_ABI_VERSION 1
+#define NSE_ABI_VERSION 2
 
 #if defined(_WIN32)
 #define NSE_EXPORT extern "C" __declspec(dllexport)
@@ -77,3 +77,28 @@ typedef struct NseSsimArgs {
   float scale;         // backward: gradient of the mean
   float* grad;         // backward: gradient of pred
 } NseSsimArgs;
+
+// One picture that patches are compared with.
+typedef struct NsePatchSource {
+  const int32_t* pairs;  // [height, width + 1]: grey, 0 to 65535, of the pixel (low half) and of the one below; repeated at
+                         // the borders. One look reads two pixels.
+  const float* base;   // [3, pixels of the view]: homogeneous place in this picture (sides at -1 and 1) at infinity
+  const float* moves;  // [3, samples]: what the samples' offsets add to the place
+  int64_t height, width;
+  float epipole[3];    // what an inverse depth of 1 adds to the place
+  float reserved;
+} NsePatchSource;
+
+// Matching cost of one plane per pixel between a view's patches and its sources (stereo/patches.py).
+typedef struct NsePatchArgs {
+  int64_t pixels;               // of the view, 16 or more
+  int32_t sources, samples;     // of a patch; the middle one is the pixel itself
+  int32_t threads;
+  float floor;                  // variance that tells nothing
+  const NsePatchSource* source; // [sources]
+  const float *weights, *view;  // [samples, pixels]: share of each sample, the view's grey there
+  const float *mean, *variance; // [pixels]: of the view's patches
+  const float* offsets;         // [2, samples] along u and v
+  const float* planes;          // [3, pixels]: inverse depth and its change along u and v
+  float* cost;                  // [pixels], out: mean over the better half of the sources, up to two; 0.5 where none sees it
+} NsePatchArgs;

@@ -60,6 +60,7 @@ struct KernelTable {
   int (*raster_backward)(const NseRasterArgs*);
   int (*ssim_forward)(const NseSsimArgs*);
   int (*ssim_backward)(const NseSsimArgs*);
+  int (*patch_cost)(const NsePatchArgs*);
   void (*count_blended)(const Frame*, int64_t cameras, int64_t* blended, int64_t* lanes);
   double (*vector_seconds)();
   int vector_width;

@@ -1408,8 +1408,76 @@ int ssim_backward(const NseSsimArgs* args) {
   return failure.status();
 }
 
+// ---------------------------------------------------------------------------------------------------- patches
+
+// Where along a side of a picture grid_sample reads (border padding, align_corners=False). NaN: at the first pixel.
+NSE_INLINE vf pixel_at(vf place, int64_t size) {
+  const float half = 0.5f * (float)size;
+  return vmin(vmax(vfma(place, vset(half), vset(half - 0.5f)), vset(0.0f)), vset((float)(size - 1)));
+}
+
+constexpr float kUnseen = 2.0f;  // larger than any cost
+
+// Cost in one source of VW pixels from `at` on; kUnseen where it does not see the whole patch.
+vf patch_cost_in(const NsePatchArgs& a, const NsePatchSource& source, int64_t at) {
+  const float* planes = a.planes + at;
+  const vf inverse = vloadu(planes), along_u = vloadu(planes + a.pixels), along_v = vloadu(planes + 2 * a.pixels);
+  const float* base = source.base + at;
+  const vf base_x = vloadu(base), base_y = vloadu(base + a.pixels), base_z = vloadu(base + 2 * a.pixels);
+  const vf ex = vset(source.epipole[0]), ey = vset(source.epipole[1]), ez = vset(source.epipole[2]), small = vset(1e-6f);
+  const vi stride = viset((int32_t)source.width + 1);
+  vf mean = vset(0.0f), square = mean, product = mean, nearest = vset(INFINITY), outside = mean;
+  for (int32_t s = 0; s < a.samples; ++s) {
+    const float *moves = source.moves + s, *weights = a.weights + s * a.pixels + at, *view = a.view + s * a.pixels + at;
+    const vf w = vfma(along_u, vset(a.offsets[s]), vfma(along_v, vset(a.offsets[a.samples + s]), inverse));
+    const vf z = vfma(ez, w, base_z + vset(moves[2 * a.samples]));
+    const vf over = vset(1.0f) / vmax(z, small);
+    const vf x = vfma(ex, w, base_x + vset(moves[0])) * over, y = vfma(ey, w, base_y + vset(moves[a.samples])) * over;
+    nearest = vmin(z, nearest);
+    if (s == a.samples / 2) outside = vmax(vabs(x), vabs(y));
+    const vf column = pixel_at(x, source.width), row = pixel_at(y, source.height);
+    const vi left = vtrunc(column), upper = vtrunc(row), place = viadd(vimul(upper, stride), left);
+    const vf right_share = column - vfloat(left), lower_share = row - vfloat(upper);
+    const vi here = vgather(source.pairs, place), right = vgather(source.pairs, viadd(place, viset(1)));
+    const vf a0 = vfloat(vlow16(here)), b0 = vfloat(vhigh16(here));
+    const vf above = vfma(right_share, vfloat(vlow16(right)) - a0, a0), below = vfma(right_share, vfloat(vhigh16(right)) - b0, b0);
+    const vf grey = vfma(lower_share, below - above, above) * vset(1.0f / 65535.0f), weighted = vloadu(weights) * grey;
+    mean = mean + weighted;
+    square = vfma(weighted, grey, square);
+    product = vfma(weighted, vloadu(view), product);
+  }
+  const vf zero = vset(0.0f), floor = vset(a.floor), one = vset(1.0f);
+  const vf variance = vmax(vfnma(mean, mean, square), zero) + floor, own = vmax(vloadu(a.variance + at), zero) + floor;
+  const vf correlation = vfnma(mean, vloadu(a.mean + at), product) / vsqrt(variance * own);
+  const vm seen = vand(vge(one, outside), vgt(nearest, small));
+  return vsel(seen, (one - correlation) * vset(0.5f), vset(kUnseen));
+}
+
+int patch_cost(const NsePatchArgs* args) {
+  const NsePatchArgs& a = *args;
+  const int64_t per_task = 64 * VW, tasks = a.pixels < per_task ? 1 : a.pixels / per_task;
+  auto body = [&](int64_t task) {
+    const int64_t end = task == tasks - 1 ? a.pixels : (task + 1) * per_task;
+    for (int64_t i = task * per_task; i < end; i += VW) {
+      const int64_t at = min64(i, a.pixels - VW);  // the last vector begins earlier and computes some pixels twice
+      const vf unseen = vset(kUnseen), one = vset(1.0f), half = vset(0.5f);
+      vf first = unseen, second = unseen, count = vset(0.0f);
+      for (int32_t n = 0; n < a.sources; ++n) {
+        const vf cost = patch_cost_in(a, a.source[n], at);
+        second = vmin(second, vmax(first, cost));
+        first = vmin(first, cost);
+        count = count + vzero(vgt(unseen, cost), one);
+      }
+      const vf best = vsel(vge(count, vset(3.0f)), (first + second) * half, first);
+      vstoreu(a.cost + at, vsel(vge(count, one), best, half));
+    }
+  };
+  parallel(a.threads, tasks, body);
+  return 0;
+}
+
 }  // namespace
 
 extern "C" const KernelTable NSE_TABLE = {
-    NSE_TABLE_NAME, project_forward, project_backward, raster_forward, raster_backward, ssim_forward, ssim_backward, count_blended, vector_seconds, VW,
+    NSE_TABLE_NAME, project_forward, project_backward, raster_forward, raster_backward, ssim_forward, ssim_backward, patch_cost, count_blended, vector_seconds, VW,
 };

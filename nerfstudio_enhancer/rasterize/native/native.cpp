@@ -197,7 +197,9 @@ extern "C" __attribute__((visibility("hidden"))) double nse_now() {
 
 NSE_EXPORT int nse_abi_version() { return NSE_ABI_VERSION; }
 NSE_EXPORT int64_t nse_struct_size(int which) {
-  return which == 0 ? sizeof(NseProjectArgs) : which == 1 ? sizeof(NseRasterArgs) : sizeof(NseSsimArgs);
+  const int64_t sizes[] = {sizeof(NseProjectArgs), sizeof(NseRasterArgs), sizeof(NseSsimArgs), sizeof(NsePatchArgs),
+                           sizeof(NsePatchSource)};
+  return sizes[which];
 }
 NSE_EXPORT const char* nse_isa() { return chosen().name; }
 // Forces "avx512", "avx2" or "baseline"; null = the best one. Returns 0 if this machine or build lacks it.
@@ -216,6 +218,7 @@ NSE_EXPORT int nse_raster_forward(const NseRasterArgs* a) { return chosen().rast
 NSE_EXPORT int nse_raster_backward(const NseRasterArgs* a) { return chosen().raster_backward(a); }
 NSE_EXPORT int nse_ssim_forward(const NseSsimArgs* a) { return chosen().ssim_forward(a); }
 NSE_EXPORT int nse_ssim_backward(const NseSsimArgs* a) { return chosen().ssim_backward(a); }
+NSE_EXPORT int nse_patch_cost(const NsePatchArgs* a) { return chosen().patch_cost(a); }
 // For the benchmark: seconds of one vector multiply-add, and its lanes.
 NSE_EXPORT double nse_vector_seconds() { return chosen().vector_seconds(); }
 NSE_EXPORT int nse_vector_width() { return chosen().vector_width; }

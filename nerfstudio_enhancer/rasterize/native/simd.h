@@ -45,6 +45,14 @@ NSE_INLINE void vistore(int32_t* p, vi a) { _mm512_store_si512(p, a); }
 NSE_INLINE vm vige(vi a, vi b) { return _mm512_cmpge_epi32_mask(a, b); }
 NSE_INLINE vi visel(vm m, vi a, vi b) { return _mm512_mask_blend_epi32(m, b, a); }
 NSE_INLINE vf vceil(vf a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC); }
+NSE_INLINE vi vtrunc(vf a) { return _mm512_cvttps_epi32(a); }
+NSE_INLINE vf vfloat(vi a) { return _mm512_cvtepi32_ps(a); }
+NSE_INLINE vi viadd(vi a, vi b) { return _mm512_add_epi32(a, b); }
+NSE_INLINE vi vimul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+NSE_INLINE vi vimin(vi a, vi b) { return _mm512_min_epi32(a, b); }
+NSE_INLINE vi vgather(const int32_t* p, vi at) { return _mm512_i32gather_epi32(at, p, 4); }
+NSE_INLINE vi vlow16(vi a) { return _mm512_and_si512(a, _mm512_set1_epi32(0xffff)); }
+NSE_INLINE vi vhigh16(vi a) { return _mm512_srli_epi32(a, 16); }
 NSE_INLINE vf vrecip(vf a) {  // 14 bits and one Newton step: about 1 ulp
   const vf r = _mm512_rcp14_ps(a);
   return vfma(r, vfnma(a, r, vset(1.0f)), r);
@@ -85,6 +93,14 @@ NSE_INLINE vm vige(vi a, vi b) {
 }
 NSE_INLINE vi visel(vm m, vi a, vi b) { return _mm256_blendv_epi8(b, a, _mm256_castps_si256(m)); }
 NSE_INLINE vf vceil(vf a) { return _mm256_ceil_ps(a); }
+NSE_INLINE vi vtrunc(vf a) { return _mm256_cvttps_epi32(a); }
+NSE_INLINE vf vfloat(vi a) { return _mm256_cvtepi32_ps(a); }
+NSE_INLINE vi viadd(vi a, vi b) { return _mm256_add_epi32(a, b); }
+NSE_INLINE vi vimul(vi a, vi b) { return _mm256_mullo_epi32(a, b); }
+NSE_INLINE vi vimin(vi a, vi b) { return _mm256_min_epi32(a, b); }
+NSE_INLINE vi vgather(const int32_t* p, vi at) { return _mm256_i32gather_epi32(p, at, 4); }
+NSE_INLINE vi vlow16(vi a) { return _mm256_and_si256(a, _mm256_set1_epi32(0xffff)); }
+NSE_INLINE vi vhigh16(vi a) { return _mm256_srli_epi32(a, 16); }
 NSE_INLINE vf vrecip(vf a) { return vset(1.0f) / a; }
 
 #else
@@ -120,6 +136,14 @@ NSE_INLINE void vistore(int32_t* p, vi a) { *(vi*)p = a; }
 NSE_INLINE vm vige(vi a, vi b) { return a >= b; }
 NSE_INLINE vi visel(vm m, vi a, vi b) { return (m & a) | (~m & b); }
 NSE_INLINE vf vceil(vf a) { return vf{ceilf(a[0]), ceilf(a[1]), ceilf(a[2]), ceilf(a[3])}; }
+NSE_INLINE vi vtrunc(vf a) { return vi{(int32_t)a[0], (int32_t)a[1], (int32_t)a[2], (int32_t)a[3]}; }
+NSE_INLINE vf vfloat(vi a) { return vf{(float)a[0], (float)a[1], (float)a[2], (float)a[3]}; }
+NSE_INLINE vi viadd(vi a, vi b) { return a + b; }
+NSE_INLINE vi vimul(vi a, vi b) { return a * b; }
+NSE_INLINE vi vimin(vi a, vi b) { return visel(a > b, b, a); }
+NSE_INLINE vi vgather(const int32_t* p, vi at) { return vi{p[at[0]], p[at[1]], p[at[2]], p[at[3]]}; }
+NSE_INLINE vi vlow16(vi a) { return a & 0xffff; }
+NSE_INLINE vi vhigh16(vi a) { return (a >> 16) & 0xffff; }
 NSE_INLINE vf vrecip(vf a) { return vset(1.0f) / a; }
 #if defined(__clang__)  // it lacks __builtin_shuffle; GCC before 12 lacks __builtin_shufflevector
 #define NSE_SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
