@@ -1,6 +1,6 @@
-"""Two layers of diffusers that are needlessly slow, most of all on a CPU, replaced by equal ones.
+"""Three layers of diffusers that are needlessly slow, most of all on a CPU, replaced by equal ones.
 
-Parameters, their names and results stay; only the way of computing changes.
+Parameters, their names and results (to rounding) stay; only the way of computing changes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -17,11 +18,13 @@ MAX_SLICES = 32
 
 
 def speed_up(module: nn.Module) -> None:
-    """Exchange, in place, every group norm and every diffusers attention layer's processor for the ones below."""
+    """Exchange, in place, group norms, temporal convolutions and diffusers' attention processors for the ones below."""
     for part in module.modules():
         for name, child in part.named_children():
             if type(child) is nn.GroupNorm:
                 setattr(part, name, _converted(child))
+            if type(child) is nn.Conv3d and TemporalConv3d.fits(child):
+                child.__class__ = TemporalConv3d
         if isinstance(part, Attention) and isinstance(part.processor, AttnProcessor2_0):
             part.set_processor(SingleTokenProcessor())  # pyright: ignore[reportArgumentType]  # a closed union
 
@@ -61,6 +64,31 @@ class _ContiguousBackward(torch.autograd.Function):
             grad, input.contiguous(), mean, rstd, weight, *ctx.sizes, list(ctx.needs_input_grad[:3])
         )
         return *gradients, None, None
+
+
+class TemporalConv3d(nn.Conv3d):
+    """A convolution over frames alone, on CPUs as one matrix product: torch 2.14 has no fast kernel for it.
+
+    On one thread, forward and backward: 0.10 s for 0.21 s with 32 channels and 15 frames of 80 x 80, 0.028 s for 0.045 s
+    with 128 channels of 20 x 20. Sums are rounded in another order.
+    """
+
+    @staticmethod
+    def fits(conv: nn.Conv3d) -> bool:
+        """Whether it convolves nothing but frames, and gives as many as it gets."""
+        frames = conv.kernel_size[0]
+        sides = conv.kernel_size[1:] == (1, 1) and conv.stride == (1, 1, 1) and conv.dilation == (1, 1, 1)
+        whole = conv.padding == (frames // 2, 0, 0) and frames % 2 == 1 and conv.padding_mode == "zeros"
+        return sides and whole and conv.groups == 1
+
+    def forward(self, input: Float[Tensor, "b c f h w"]) -> Float[Tensor, "b d f h w"]:
+        if input.device.type != "cpu" or input.ndim != 5:
+            return super().forward(input)
+        beside, frames = self.kernel_size[0] // 2, input.shape[2]
+        pixels = F.pad(input.permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, beside, beside))
+        neighbours = torch.cat([pixels[:, i : i + frames] for i in range(2 * beside + 1)], dim=-1)
+        weight = self.weight[..., 0, 0].transpose(1, 2).flatten(1)
+        return F.linear(neighbours, weight, self.bias).permute(0, 4, 1, 2, 3)
 
 
 class SingleTokenProcessor(AttnProcessor2_0):

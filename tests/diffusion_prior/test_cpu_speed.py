@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_prior import random_clip, tiny_prior
 
-from diffusion_prior.cpu_speed import GroupNorm, speed_up
+from diffusion_prior.cpu_speed import GroupNorm, TemporalConv3d, speed_up
 
 
 @pytest.mark.parametrize("shape", [(2, 32, 5, 6), (2, 64, 4, 3), (1, 32, 3, 4, 5)])
@@ -33,6 +33,42 @@ def test_group_norm_passes_gradcheck():
     assert torch.autograd.gradcheck(norm, (x,))
 
 
+@pytest.mark.parametrize(("kernel", "order"), [(3, torch.channels_last_3d), (5, torch.contiguous_format)])
+def test_a_convolution_over_frames_equals_torch_forward_and_backward(kernel, order):
+    generator = torch.Generator().manual_seed(0)
+    stock = torch.nn.Conv3d(4, 6, (kernel, 1, 1), padding=(kernel // 2, 0, 0)).double()
+    ours = copy.deepcopy(stock)
+    holder = torch.nn.Sequential(ours)
+    speed_up(holder)
+    assert type(holder[0]) is TemporalConv3d
+    x = torch.randn(2, 4, 5, 3, 2, dtype=torch.float64, generator=generator).contiguous(memory_format=order)
+    grad = torch.randn(2, 6, 5, 3, 2, dtype=torch.float64, generator=generator)
+    results = []
+    for conv in (stock, ours):
+        leaf = x.detach().clone().requires_grad_()
+        out = conv(leaf)
+        out.backward(grad)
+        results.append((out.detach(), leaf.grad, conv.weight.grad, conv.bias.grad))
+    for expected, got in zip(*results):
+        torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_size": 3, "padding": 1},
+        {"kernel_size": (3, 1, 1)},
+        {"kernel_size": (3, 1, 1), "padding": (1, 0, 0), "stride": (2, 1, 1)},
+        {"kernel_size": (3, 1, 1), "padding": (1, 0, 0), "groups": 2},
+        {"kernel_size": (2, 1, 1), "padding": (1, 0, 0)},
+    ],
+)
+def test_other_convolutions_are_left_alone(settings):
+    holder = torch.nn.Sequential(torch.nn.Conv3d(4, 4, **settings))
+    speed_up(holder)
+    assert type(holder[0]) is torch.nn.Conv3d
+
+
 def test_speed_up_keeps_names_parameters_and_results():
     from diffusers import AutoencoderKLTemporalDecoder
 
@@ -46,7 +82,7 @@ def test_speed_up_keeps_names_parameters_and_results():
     assert any(isinstance(part, GroupNorm) for part in fast.modules())
     x = random_clip().rgb
     with torch.no_grad():
-        assert torch.equal(fast(x, num_frames=3).sample, stock(x, num_frames=3).sample)
+        torch.testing.assert_close(fast(x, num_frames=3).sample, stock(x, num_frames=3).sample, rtol=1e-5, atol=1e-5)
 
 
 def test_priors_are_sped_up_wherever_they_come_from():
