@@ -1,4 +1,4 @@
-"""Image- and pixel-level confidence of enhanced views (3DGS-Enhancer, section 4.3).
+"""Image- and pixel-level confidence of enhanced views (3DGS-Enhancer, section 4.3), and what the references say of them.
 
 The paper leaves the normalisation open. Ours: both levels are first brought to [0, 1], then mixed with a floor, then divided
 by their mean over the round, so that switching a level on moves weight between views and pixels and never changes the
@@ -8,11 +8,19 @@ total weight of the enhanced views.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_prior.types import WARP_CHANNELS
+
 PIXEL_QUANTILE = 0.95
 """Share of pixels whose scale product counts as less than full confidence; above it the map saturates at 1."""
+
+CONTRADICTION = 0.05
+"""Mean absolute difference of colours in [0, 1], beyond that of the render, at which a pixel keeps half of its weight."""
+AGREEMENT_WINDOW_PX = 5
+"""Side of the window over which differences are averaged: a shift of a pixel is no contradiction."""
 
 
 def image_confidence(
@@ -52,6 +60,36 @@ def pixel_confidence(
     if alpha is not None:
         confidence = torch.where(alpha < 0.5, torch.ones_like(confidence), confidence)
     return _with_floor_and_mean_one(confidence, floor)
+
+
+def reference_agreement(
+    rgb: Float[Tensor, "t h w 3"], render: Float[Tensor, "t h w 3"], warped: Float[Tensor, "t warps h w"]
+) -> Float[Tensor, "t h w 1"]:
+    """How far the references let each enhanced pixel stand: 1 where none contradicts it, towards 0 where all that see it do.
+
+    A frame may leave the render, but not away from what a reference shows of the same surface. By how much it lies farther
+    from the reference than the render did is its excess x: the agreement is 1 / (1 + (x / `CONTRADICTION`)^2), and the
+    reference that agrees best counts.
+
+    Args:
+        rgb: enhanced frames, sRGB in [0, 1].
+        render: what the splats showed.
+        warped: `ConditionClip.warped` of the same frames.
+    """
+    least = torch.full_like(rgb[..., :1], torch.inf)
+    for slot in warped.to(rgb).split(WARP_CHANNELS, dim=1):
+        reference, seen = slot.movedim(1, -1).split([3, 1], dim=-1)
+        excess = _window_mean((rgb - reference).abs() - (render - reference).abs())
+        least = torch.where(seen > 0.5, torch.minimum(least, excess), least)
+    excess = torch.where(least.isinf(), torch.zeros_like(least), least.clamp(min=0))
+    return 1 / (1 + (excess / CONTRADICTION) ** 2)
+
+
+def _window_mean(difference: Float[Tensor, "t h w 3"]) -> Float[Tensor, "t h w 1"]:
+    """Mean over colours and over a window around each pixel, within the picture."""
+    mean = difference.mean(-1)[:, None]
+    half = AGREEMENT_WINDOW_PX // 2
+    return F.avg_pool2d(mean, AGREEMENT_WINDOW_PX, 1, half, count_include_pad=False)[:, 0, ..., None]
 
 
 def pixel_scale(scale_map: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 1"]:

@@ -16,7 +16,7 @@ from torchvision.transforms.functional import gaussian_blur
 from diffusion_prior.conditioning import normalised_disparity
 from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import WARP_CHANNELS, ConditionClip, EnhancedClip
-from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence
+from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence, reference_agreement
 from nerfstudio_enhancer.conventions import as_4x4, to_channels_first, to_channels_last, world_to_camera_opencv
 from nerfstudio_enhancer.enhanced_views import EnhancedViews
 from nerfstudio_enhancer.rendering import RenderedClip, render_clip, trajectory_cameras
@@ -63,6 +63,9 @@ class EnhanceConfig:
     """Weigh enhanced pixels by the size of the Gaussians that they show (larger = higher)."""
     confidence_floor: float = 0.5
     """Weight of the most certain view or pixel relative to the least certain one, in [0, 1)."""
+    reference_agreement: bool = True
+    """Enhanced pixels lose weight where they lie farther from what a reference shows there than the render does, and views
+    with many such pixels are drawn less often."""
     trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
     """Paths between and around the reference views."""
     warp_references: bool = True
@@ -139,6 +142,7 @@ class _UnweighedClip:
     rendered: RenderedClip
     cameras: Cameras
     need: Float[Tensor, " t"]
+    agreement: Float[Tensor, "t h w 1"]
 
 
 def _path_clips(model, references, config, prior, generator, on_progress) -> list[_UnweighedClip]:
@@ -161,7 +165,12 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
         frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
         need = view_need(condition, config.unseen_range)[inner].cpu()
-        clips.append(_UnweighedClip(frames[inner], middle, cameras[inner], need))
+        agreement = torch.ones_like(middle.alpha)
+        if config.reference_agreement and config.feed == "enhanced":
+            assert condition.warped is not None
+            agreement = reference_agreement(frames[inner].clamp(0, 1), middle.rgb, condition.warped[inner])
+            need = need * agreement.mean(dim=(1, 2, 3)).cpu()
+        clips.append(_UnweighedClip(frames[inner], middle, cameras[inner], need, agreement))
         done += middle.rgb.shape[0]
         if on_progress is not None:
             on_progress(done, total)
@@ -237,11 +246,15 @@ def condition_clip(
 def _oracle_clip(model, oracle: References, index: int) -> _UnweighedClip:
     camera = oracle.cameras[index : index + 1]
     rendered = render_clip(model, camera.to(model.device))
-    return _UnweighedClip(oracle.photographs[index][None].to(rendered.rgb), rendered, camera, torch.ones(1))
+    photograph = oracle.photographs[index][None].to(rendered.rgb)
+    return _UnweighedClip(photograph, rendered, camera, torch.ones(1), torch.ones_like(rendered.alpha))
 
 
 def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceConfig) -> list[RoundClip]:
-    """Confidence of all views of a round together, so that its mean over the round is 1. The oracle is trusted fully."""
+    """Confidence of all views of a round together, so that its mean over the round is 1. The oracle is trusted fully.
+
+    What the references contradict is taken away after that: its weight goes to nothing else.
+    """
     trusted = config.feed == "photographs"
     centres = torch.cat([clip.cameras.camera_to_worlds[..., 3].cpu() for clip in clips])
     image = torch.ones(centres.shape[0])
@@ -257,7 +270,7 @@ def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceC
         intrinsics = torch.cat([cameras.fx, cameras.fy, cameras.cx, cameras.cy], dim=-1).reshape(count, 4).float().cpu()
         views = EnhancedViews(
             rgb=clip.rgb.clamp(0, 1).half().cpu(),
-            pixel_confidence=pixel.half().cpu(),
+            pixel_confidence=(pixel * clip.agreement).half().cpu(),
             image_confidence=image[start : start + count].float(),
             need=clip.need.float(),
             camera_to_world=cameras.camera_to_worlds.float().cpu(),

@@ -26,11 +26,11 @@ class EnhancedViews:
     rgb: Float[Tensor, "t h w 3"]
     """sRGB in [0, 1], nerfstudio image layout."""
     pixel_confidence: Float[Tensor, "t h w 1"]
-    """P_c, mean 1 over the clip."""
+    """P_c, mean 1 over the clip, times the references' agreement."""
     image_confidence: Float[Tensor, " t"]
     """I_c, mean 1 over the round."""
     need: Float[Tensor, " t"]
-    """How much each view is needed, in [0, 1]: views are drawn in proportion to it."""
+    """How much each view is needed and agrees with the references, in [0, 1]: views are drawn in proportion to it."""
     camera_to_world: Float[Tensor, "t 3 4"]
     """OpenGL axes, nerfstudio world units."""
     intrinsics: Float[Tensor, "t 4"]

@@ -107,7 +107,7 @@ class Rounds:
                 write_round_pictures(folder, clips)
             CONSOLE.log(
                 f"{self.store.num_views} enhanced views saved in {folder}; needed at {self.store.mean_need:.0%}, since the "
-                "references see the rest."
+                "references see the rest or contradict it."
             )
             if figures:
                 CONSOLE.log(

@@ -73,6 +73,11 @@ METHODS = {
     "no-pixel-confidence": Method(
         "the whole without pixel confidence", feed="enhanced", settings={"enhance.pixel_confidence": False}
     ),
+    "no-agreement": Method(
+        "the whole whatever the references say against it",
+        feed="enhanced",
+        settings={"enhance.reference_agreement": False},
+    ),
     "no-std": Method(
         "the whole without the spatial-temporal decoder", feed="enhanced", settings={"enhance.sampling.std": False}
     ),

@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence, pixel_scale
+from nerfstudio_enhancer.confidence import (
+    CONTRADICTION,
+    image_confidence,
+    pixel_confidence,
+    pixel_scale,
+    reference_agreement,
+)
 
 
 def test_image_confidence_grows_with_the_distance_to_the_nearest_reference() -> None:
@@ -44,3 +50,45 @@ def test_a_hole_counts_as_fully_unknown() -> None:
 def test_a_floor_outside_its_range_is_refused(floor: float) -> None:
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         image_confidence(torch.ones(2, 3), torch.zeros(1, 3), floor)
+
+
+def seen_as(*greys: float, height: int = 9, width: int = 9) -> torch.Tensor:
+    """References of even colour warped into one frame: `ConditionClip.warped`. [1 warps h w]"""
+    slots = [torch.tensor([grey, grey, grey, 1.0]) for grey in greys]
+    return torch.cat(slots).reshape(1, -1, 1, 1).expand(1, -1, height, width)
+
+
+def even(grey: float) -> torch.Tensor:
+    return torch.full((1, 9, 9, 3), grey)
+
+
+def test_a_pixel_that_leaves_what_a_reference_shows_loses_weight() -> None:
+    # The render lies 0.1 from the reference, the frame 0.1 + CONTRADICTION: x = CONTRADICTION, 1 / (1 + 1)
+    agreement = reference_agreement(even(0.6 + CONTRADICTION), even(0.6), seen_as(0.5))
+    assert_close(agreement, torch.full((1, 9, 9, 1), 0.5))
+
+
+def test_a_pixel_that_comes_nearer_to_a_reference_keeps_its_weight_however_far_it_goes() -> None:
+    assert_close(reference_agreement(even(0.5), even(0.9), seen_as(0.4)), torch.ones(1, 9, 9, 1))
+
+
+def test_it_is_enough_to_agree_with_one_reference() -> None:
+    assert_close(reference_agreement(even(0.9), even(0.5), seen_as(0.5, 0.9)), torch.ones(1, 9, 9, 1))
+    assert (reference_agreement(even(0.9), even(0.5), seen_as(0.5, 0.4)) < 0.02).all()
+
+
+def test_where_no_reference_sees_nothing_is_contradicted() -> None:
+    warped = seen_as(0.5).clone()
+    warped[:, 3, :, :4] = 0
+    agreement = reference_agreement(even(0.9), even(0.5), warped)
+    assert_close(agreement[:, :, :4], torch.ones(1, 9, 4, 1))
+    assert (agreement[:, :, 4:] < 0.02).all()
+
+
+def test_single_pixels_are_judged_with_their_surroundings() -> None:
+    frame = even(0.5).clone()
+    frame[0, 4, 4] = 0.9  # excess 0.4 in one of the window's 25 pixels: 0.016
+    expected = 1 / (1 + (0.4 / 25 / CONTRADICTION) ** 2)
+    agreement = reference_agreement(frame, even(0.5), seen_as(0.5))
+    assert_close(agreement[0, 2:7, 2:7], torch.full((5, 5, 1), expected))
+    assert_close(agreement[0, :2], torch.ones(2, 9, 1))
