@@ -1,6 +1,6 @@
 """Paired-data format, version 2: one folder per run of sparse splats.
 
-`<root>/<scene>/k<kk>_s<seed>_n<steps>/` holds `meta.json` (who made it, shapes, checksum) and `frames.safetensors` (the arrays of `PairRun`
+`<root>/<scene>/k<kk>_s<seed>_n<steps>[_<kind>]/` holds `meta.json` (who made it, shapes, checksum) and `frames.safetensors` (the arrays of `PairRun`
 under their field names). Pictures are stored as 8-bit, so a frame of 320 x 240 pixels takes 1.2 MB and can be read by itself. Poses keep
 the OpenGL axes of the scenes that they come from; `clips.read_cameras` turns them.
 """
@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float32, Int64, UInt8
@@ -45,9 +45,15 @@ DTYPES = {
 }
 
 
+RunKind = Literal["photographs", "paths", "degraded"]
+"""photographs: sparse splats at a scene's other cameras, beside the photographs taken there. paths: sparse splats along
+smooth paths between and around the references, beside what splats trained on all photographs show there. degraded: those
+splats themselves, damaged, along the same paths."""
+
+
 @dataclass(frozen=True)
 class PairRun:
-    """What one run of sparse splats shows at the real cameras of a scene, with the photographs taken there."""
+    """What splats show at some cameras, and what should be seen there (`RunKind`)."""
 
     scene: str
     num_views: int
@@ -56,7 +62,7 @@ class PairRun:
     steps: int
     """How many steps the splats were trained for."""
     render: UInt8[Tensor, "n 3 h w"]
-    """What the splats show at the non-reference cameras, in capture order; sRGB, 255 = 1."""
+    """What the splats show at the non-reference cameras, in capture order or along the paths; sRGB, 255 = 1."""
     alpha: UInt8[Tensor, "n 1 h w"]
     """Accumulated opacity; 255 = 1."""
     disparity: UInt8[Tensor, "n 1 h w"]
@@ -64,15 +70,15 @@ class PairRun:
     warped: UInt8[Tensor, "n warps h w"]
     """Reference photographs through the rendered depth: `diffusion_prior.types.ConditionClip.warped`; 255 = 1."""
     target: UInt8[Tensor, "n 3 h w"]
-    """The photographs at the same cameras."""
+    """The photographs at the same cameras, or what the splats of all photographs show."""
     references: UInt8[Tensor, "k 3 h w"]
     """The photographs that the splats were trained on, in capture order."""
     reference_disparity: UInt8[Tensor, "k 1 h w"]
     """Disparity of the splats' own render at the references."""
     before: Int64[Tensor, " n"]
-    """Index into `references` of the last reference before each camera in capture order."""
+    """Index into `references` of the last reference before each camera in capture order, or where its path begins."""
     after: Int64[Tensor, " n"]
-    """Index into `references` of the first reference after each camera in capture order."""
+    """Index into `references` of the first reference after each camera in capture order, or where its path ends."""
     camera_to_world: Float32[Tensor, "n 3 4"]
     """OpenGL axes, the scene's world units."""
     reference_camera_to_world: Float32[Tensor, "k 3 4"]
@@ -104,9 +110,10 @@ class RunHeader:
         return self.before.shape[0]
 
 
-def run_folder(root: Path, scene: str, num_views: int, seed: int, steps: int) -> Path:
+def run_folder(root: Path, scene: str, num_views: int, seed: int, steps: int, kind: RunKind = "photographs") -> Path:
     """Where a run belongs below the data's root folder."""
-    return root / scene / f"k{num_views:02d}_s{seed}_n{steps}"
+    name = f"k{num_views:02d}_s{seed}_n{steps}"
+    return root / scene / (name if kind == "photographs" else f"{name}_{kind}")
 
 
 def write_run(folder: Path, run: PairRun) -> None:

@@ -8,10 +8,11 @@ from typing import cast
 
 import numpy as np
 import torch
-from nerfstudio.engine.trainer import TrainerConfig
+from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from torch import Tensor
 
 from diffusion_prior.files import whole_file
+from nerfstudio_enhancer.datamanager import EnhancerDataManager
 from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.methods import (
     datamanager_of,
@@ -38,14 +39,25 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class WholeScene:
-    """One scene whose depth is to be stored."""
+    """One scene whose splats are to be trained on all photographs."""
 
     data: Path
     output: Path
+    """What is stored of them."""
     max_views: int
     steps: int
     size: int
     seed: int
+
+
+def train_on_all(scene: WholeScene) -> Trainer:
+    """Train splats on as many of a scene's photographs as are asked for, all but one at most."""
+    config = _config(scene)
+    set_seed(scene.seed)
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    train_steps(trainer, 0, scene.steps)
+    return trainer
 
 
 def store_views(scene: WholeScene) -> None:
@@ -54,12 +66,9 @@ def store_views(scene: WholeScene) -> None:
     The file holds a list with one dictionary a view: `rgb` uint8 [h w 3], `depth` [h w] along the optical axis, `alpha`
     uint8 [h w], `camera_to_world` [3 4] (OpenGL axes), `intrinsics` (fx, fy, cx, cy in pixels).
     """
-    config = _config(scene)
-    set_seed(scene.seed)
-    trainer = config.setup(local_rank=0, world_size=1)
-    trainer.setup()
-    train_steps(trainer, 0, scene.steps)
-    model, datamanager = cast(EnhancerModel, trainer.pipeline.model), trainer.pipeline.datamanager
+    trainer = train_on_all(scene)
+    model = cast(EnhancerModel, trainer.pipeline.model)
+    datamanager = cast(EnhancerDataManager, trainer.pipeline.datamanager)
     views = []
     for index, item in enumerate(datamanager.cached_train):
         camera = datamanager.train_dataset.cameras[index : index + 1]

@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
+
+if TYPE_CHECKING:
+    from diffusion_prior.data.pairs import RunKind
 
 PRELOAD = (
     "nerfstudio.configs.method_configs",
@@ -34,7 +38,7 @@ class MakePairs:
     """
 
     output: Path
-    """Folder of the paired data: `<scene>/k<views>_s<seed>_n<steps>/`."""
+    """Folder of the paired data: `<scene>/k<views>_s<seed>_n<steps>[_<kind>]/`."""
     data: tuple[Path, ...] = ()
     """Folders of the scenes, in nerfstudio's or COLMAP's layout."""
     views: tuple[int, ...] = (3, 4, 6, 9, 12, 18)
@@ -52,6 +56,14 @@ class MakePairs:
     """Share of the trainings that leave out the method's additions, as plain splatfacto, for other kinds of errors."""
     random_points_share: float = 0.15
     """Share of the trainings that start from random points."""
+    paths: bool = False
+    """Also store two runs along smooth paths between and around the references, whose target are splats trained on all
+    photographs: what the sparse splats show there, as in the paper, and what those splats themselves show when they are
+    damaged. Such splats are trained once for each scene and kept in `whole_splats`."""
+    whole_steps: int = 1500
+    """Training steps of the splats on all photographs."""
+    whole_views: int = 60
+    """Most photographs that they are trained on, spread evenly over the capture."""
     jobs: int | None = None
     """Trainings at once, each with its share of the cores; by default one for each core."""
     ray: str | None = None
@@ -80,6 +92,10 @@ class SplatTraining:
     """Train with the method's additions; False: as plain splatfacto."""
     random_points: bool
     """Start from random points; False: from the best seed points that can be had."""
+    paths: bool = False
+    """Also store what is seen along paths."""
+    whole_steps: int = 1500
+    whole_views: int = 60
 
     @property
     def scene(self) -> str:
@@ -141,16 +157,21 @@ def plan_trainings(settings: MakePairs) -> list[SplatTraining]:
 
 
 def missing_steps(training: SplatTraining) -> list[int]:
-    """Numbers of steps of a training for which no run is stored yet."""
+    """Numbers of steps of a training for which a run is not stored yet."""
+    return [steps for steps in training.steps if missing_kinds(training, steps)]
+
+
+def missing_kinds(training: SplatTraining, steps: int) -> list[RunKind]:
+    """Kinds of runs after a number of steps that are not stored yet. The damaged splats know no steps: the last have them."""
     from diffusion_prior.data.pairs import META_NAME, run_folder
 
-    return [
-        steps
-        for steps in training.steps
-        if not (
-            run_folder(training.output, training.scene, training.num_views, training.seed, steps) / META_NAME
-        ).exists()
-    ]
+    kinds: list[RunKind] = ["photographs"]
+    if training.paths:
+        kinds.append("paths")
+    if training.paths and steps == training.steps[-1]:
+        kinds.append("degraded")
+    place = training.output, training.scene, training.num_views, training.seed, steps
+    return [kind for kind in kinds if not (run_folder(*place, kind) / META_NAME).exists()]
 
 
 def _check(settings: MakePairs) -> None:
@@ -161,8 +182,9 @@ def _check(settings: MakePairs) -> None:
         raise ValueError(f"scenes are told apart by folder name, got {sorted(names)}; rename those that are alike.")
     if not settings.steps or min(settings.steps) < 1:
         raise ValueError(f"`--steps` are numbers of training steps of at least 1, got {settings.steps}.")
-    if settings.max_frames < 1:
-        raise ValueError(f"`--max-frames` must be at least 1, got {settings.max_frames}.")
+    for name in ("max_frames", "whole_steps", "whole_views"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"`--{name.replace('_', '-')}` must be at least 1, got {getattr(settings, name)}.")
 
 
 def _training(settings: MakePairs, data: Path, num_views: int, seed: int) -> SplatTraining:
@@ -178,6 +200,9 @@ def _training(settings: MakePairs, data: Path, num_views: int, seed: int) -> Spl
         max_frames=settings.max_frames,
         additions=draw.random() >= settings.plain_share,
         random_points=draw.random() < settings.random_points_share,
+        paths=settings.paths,
+        whole_steps=settings.whole_steps,
+        whole_views=settings.whole_views,
     )
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -35,10 +35,13 @@ from nerfstudio_enhancer.evaluation.methods import (
     with_seed_points,
 )
 from nerfstudio_enhancer.model import EnhancerModel
-from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
+from nerfstudio_enhancer.pairs.make_pairs import SplatTraining, missing_kinds
 from nerfstudio_enhancer.rendering import RenderedClip, render_clip
 from nerfstudio_enhancer.scene.capture import Frame, natural_key, read_capture
 from nerfstudio_enhancer.warping import WarpSources, warp_references
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.pairs.path_runs import PathRuns
 
 ASPECT_TOLERANCE = 0.02
 """Largest relative difference of aspect ratio at which a picture is resized to the run's size instead of left out."""
@@ -49,7 +52,7 @@ SHEET_ROWS = 5
 
 
 def make_runs(training: SplatTraining, steps: Sequence[int]) -> int:
-    """Train once and store a run after each of the numbers of steps.
+    """Train once and store the runs that are missing after each of the numbers of steps.
 
     Returns:
         Number of runs stored.
@@ -61,16 +64,29 @@ def make_runs(training: SplatTraining, steps: Sequence[int]) -> int:
     set_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
-    views = _LeftOutViews.read(trainer.pipeline.datamanager)
-    begin = 0
+    views = LeftOutViews.read(trainer.pipeline.datamanager)
+    paths = None
+    begin = count = 0
     for end in sorted(steps):
         train_steps(trainer, begin, end)
         begin = end
-        run = _render_run(trainer, training, views, end)
-        folder = run_folder(training.output, training.scene, training.num_views, training.seed, end)
-        write_run(folder, run)
-        save_contact_sheet(run, folder / "contact_sheet.png")
-    return len(steps)
+        for kind in missing_kinds(training, end):
+            if kind == "photographs":
+                run = _render_run(trainer, training, views, end)
+            else:
+                paths = paths or _path_runs(training, trainer, views)
+                run = paths.paths(end) if kind == "paths" else paths.degraded(end)
+            folder = run_folder(training.output, training.scene, training.num_views, training.seed, end, kind)
+            write_run(folder, run)
+            save_contact_sheet(run, folder / "contact_sheet.png")
+            count += 1
+    return count
+
+
+def _path_runs(training: SplatTraining, trainer: Trainer, views: LeftOutViews) -> PathRuns:
+    from nerfstudio_enhancer.pairs.path_runs import PathRuns  # it builds upon this module
+
+    return PathRuns(training, trainer, views)
 
 
 class PairsDataManager(EnhancerDataManager):
@@ -153,7 +169,7 @@ def train_steps(trainer: Trainer, begin: int, end: int) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class _LeftOutViews:
+class LeftOutViews:
     """Photographs and cameras of a run, read once for all its numbers of steps."""
 
     reference_cameras: Cameras
@@ -166,7 +182,7 @@ class _LeftOutViews:
     intrinsics: Float[Tensor, "n 4"]
 
     @classmethod
-    def read(cls, datamanager: PairsDataManager) -> _LeftOutViews:
+    def read(cls, datamanager: PairsDataManager) -> LeftOutViews:
         photographs = [_channels_first(data["image"]) for data in datamanager.cached_eval]
         references = [_channels_first(data["image"]) for data in datamanager.cached_train]
         size = tuple(references[0].shape[-2:])
@@ -189,7 +205,7 @@ class _LeftOutViews:
                 )
                 for i in kept
             ],
-            intrinsics=torch.stack([_intrinsics(cameras[i], size) for i in kept]),
+            intrinsics=torch.stack([intrinsics_at(cameras[i], size) for i in kept]),
         )
 
 
@@ -208,7 +224,7 @@ def last_reference_before(name: Path, references: Sequence[Path]) -> int:
     return min(max(earlier - 1, 0), len(references) - 2)
 
 
-def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews, steps: int) -> PairRun:
+def _render_run(trainer: Trainer, training: SplatTraining, views: LeftOutViews, steps: int) -> PairRun:
     model = cast(EnhancerModel, trainer.pipeline.model)
     size = tuple(views.references.shape[-2:])
     clips = [render_clip(model, camera.to(model.device)) for camera in views.cameras]
@@ -219,7 +235,7 @@ def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews,
         views.reference_photographs, [clip.depth[0] for clip in at_references], views.reference_cameras
     )
     warped = [
-        _stored(warp_references(clip.depth, clip.alpha, camera, sources), size)
+        stored(warp_references(clip.depth, clip.alpha, camera, sources), size)
         for clip, camera in zip(clips, views.cameras)
     ]
     before = torch.tensor(views.before)
@@ -228,13 +244,13 @@ def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews,
         num_views=training.num_views,
         seed=training.seed,
         steps=steps,
-        render=torch.cat([_stored(to_channels_first(clip.rgb), size) for clip in clips]),
-        alpha=torch.cat([_stored(to_channels_first(clip.alpha), size) for clip in clips]),
-        disparity=torch.cat([_disparity(clip, size) for clip in clips]),
+        render=torch.cat([stored(to_channels_first(clip.rgb), size) for clip in clips]),
+        alpha=torch.cat([stored(to_channels_first(clip.alpha), size) for clip in clips]),
+        disparity=torch.cat([stored_disparity(clip, size) for clip in clips]),
         warped=torch.cat(warped),
         target=views.photographs,
         references=views.references,
-        reference_disparity=torch.cat([_disparity(clip, size) for clip in at_references]),
+        reference_disparity=torch.cat([stored_disparity(clip, size) for clip in at_references]),
         before=before,
         after=before + 1,
         camera_to_world=torch.cat([camera.camera_to_worlds for camera in views.cameras]).float().cpu(),
@@ -249,12 +265,12 @@ def _render_run(trainer: Trainer, training: SplatTraining, views: _LeftOutViews,
     )
 
 
-def _disparity(clip: RenderedClip, size: tuple[int, ...]) -> UInt8[Tensor, "t 1 H W"]:
+def stored_disparity(clip: RenderedClip, size: tuple[int, ...]) -> UInt8[Tensor, "t 1 H W"]:
     """Normalised disparity of a render as 8-bit pictures."""
-    return _stored(normalised_disparity(to_channels_first(clip.depth), to_channels_first(clip.alpha)), size)
+    return stored(normalised_disparity(to_channels_first(clip.depth), to_channels_first(clip.alpha)), size)
 
 
-def _stored(picture: Float[Tensor, "t c h w"], size: tuple[int, ...]) -> UInt8[Tensor, "t c H W"]:
+def stored(picture: Float[Tensor, "t c h w"], size: tuple[int, ...]) -> UInt8[Tensor, "t c H W"]:
     """Pictures in [0, 1] as they are stored."""
     return _resized(_to_uint8(picture.cpu()), size)
 
@@ -277,7 +293,7 @@ def _resized(picture: UInt8[Tensor, "*t c h w"], size: tuple[int, ...]) -> UInt8
     return _to_uint8(resized).reshape(*picture.shape[:-2], *size)
 
 
-def _intrinsics(camera: Cameras, size: tuple[int, ...]) -> Float[Tensor, "4"]:
+def intrinsics_at(camera: Cameras, size: tuple[int, ...]) -> Float[Tensor, "4"]:
     scale_y, scale_x = size[0] / float(camera.height), size[1] / float(camera.width)
     return torch.tensor(
         [
