@@ -232,12 +232,12 @@ class Damage:
         """Anything from hardly to badly damaged."""
         dropped, hole_share, jitter, inflation, floaters = torch.rand(5, generator=generator).tolist()
         return cls(
-            dropped=0.6 * dropped,
+            dropped=0.5 * dropped**2,
             holes=int(torch.randint(6, (), generator=generator)),
             hole_share=0.01 + 0.05 * hole_share,
-            jitter=1.5 * jitter**2,
-            inflation=1 + 2 * inflation,
-            floaters=0.02 * floaters**2,
+            jitter=0.8 * jitter**2,
+            inflation=1 + 1.5 * inflation**2,
+            floaters=0.01 * floaters**2,
         )
 
 
@@ -270,6 +270,7 @@ def degrade(
     before = centres[torch.randint(len(centres), (len(floating),), generator=generator).to(device)]
     nearness = (0.15 + 0.5 * torch.rand(len(floating), 1, generator=generator)).to(device)
     copies["means"] = before + nearness * (copies["means"] - before)
+    copies["scales"] += nearness.log()  # as large in the picture as they were
     return {name: torch.cat([value, copies[name]]) for name, value in kept.items()}
 
 
