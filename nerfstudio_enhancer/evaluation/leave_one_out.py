@@ -17,7 +17,7 @@ import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from nerfstudio_enhancer.evaluation.results import Results, cell_key, load_results, save_results
-from nerfstudio_enhancer.evaluation.tables import FIGURES, text_table
+from nerfstudio_enhancer.evaluation.tables import FIGURES, as_scores, text_table
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 from nerfstudio_enhancer.scene.capture import read_capture
 from nerfstudio_enhancer.scene.splits import MIN_REFERENCE_VIEWS, ViewSplit, split_views
@@ -237,5 +237,4 @@ def best_check(curves: Sequence[Sequence[dict[str, Any]]]) -> int:
 
 
 def _figures(checks: Sequence[dict[str, Any]], group: str) -> str:
-    psnr, ssim, lpips = (mean(check[group][figure] for check in checks) for figure in FIGURES)
-    return f"{psnr:.2f} / {ssim:.3f} / {lpips:.3f}"
+    return as_scores(mean(check[group][figure] for check in checks) for figure in FIGURES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import mean, stdev
 from typing import Any
 
@@ -152,15 +152,13 @@ def _scores(cells: Sequence[Cell]) -> str:
     if not cells:
         return MISSING
     spread = f" ± {stdev(cell['psnr'] for cell in cells):.2f}" if len(cells) > 1 else ""
-    psnr, ssim, lpips = (mean(cell[figure] for cell in cells) for figure in FIGURES)
-    return f"{psnr:.2f}{spread} / {ssim:.3f} / {lpips:.3f}"
+    return as_scores((mean(cell[figure] for cell in cells) for figure in FIGURES), spread)
 
 
 def _mean_scores(cells: Sequence[Cell]) -> str:
     if not cells:
         return MISSING
-    psnr, ssim, lpips = (mean_of(cells, figure) for figure in FIGURES)
-    return f"**{psnr:.2f} / {ssim:.3f} / {lpips:.3f}**"
+    return f"**{as_scores(mean_of(cells, figure) for figure in FIGURES)}**"
 
 
 def _gain(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
@@ -176,6 +174,12 @@ def _share(cells: Sequence[Cell], baseline: Sequence[Cell], ceiling: Sequence[Ce
 def _mean_over_places(cells: Sequence[Cell], figure: str) -> float:
     views = sorted({cell["views"] for cell in cells})
     return mean(mean_of([cell for cell in cells if cell["views"] == k], figure) for k in views)
+
+
+def as_scores(figures: Iterable[float], spread: str = "") -> str:
+    """PSNR, SSIM and LPIPS as every table writes them; the spread is that of PSNR."""
+    psnr, ssim, lpips = figures
+    return f"{psnr:.2f}{spread} / {ssim:.3f} / {lpips:.3f}"
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -121,6 +121,11 @@ def test_weights_come_back_from_their_file(tmp_path) -> None:
         torch.testing.assert_close(again.state_dict()[name], value, atol=1e-3, rtol=1e-3)
 
 
+def test_missing_weights_are_told_with_the_way_out(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"gone\.safetensors; install the package again"):
+        load_network(tmp_path / "gone.safetensors")
+
+
 def test_damaged_or_foreign_weights_are_named(tmp_path) -> None:
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(b"no weights")
