@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ CONTEXT_BYTES = int(0.6 * GIB)
 """What a CUDA context and its libraries take before the first tensor."""
 WORKSPACE_FACTOR = 1.15
 """Intermediate tensors are multiplied by this for kernels' workspaces and gaps between allocations. An assumption."""
+EXHAUSTION = re.compile(r"out of memory|CU\w+_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED)")
+"""In the messages of errors that have no class of their own: CUDA's runtime, cuBLAS, cuSOLVER, cuDNN before and since 9."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def explain_exhaustion(prior: VideoPrior, clip: ConditionClip) -> Iterator[None]
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_exhaustion(error):
+            raise
         height, width = clip.rgb.shape[-2:]
         estimate = estimate_memory(prior, clip.num_frames, height, width, prior.preset)
         thrifty = estimate_memory(prior, clip.num_frames, height, width, PRESETS["8gb"])
@@ -137,6 +142,12 @@ def explain_exhaustion(prior: VideoPrior, clip: ConditionClip) -> Iterator[None]
             f"{thrifty.peak / GIB:.1f} GiB), fewer frames at once (`.num-frames`), smaller pictures (`.frame-size`), or "
             "a GPU that nothing else uses."
         ) from error
+
+
+def is_exhaustion(error: RuntimeError) -> bool:
+    """Whether an error says that the GPU's memory was not enough; the libraries of CUDA say so in plain RuntimeErrors."""
+    # torch.OutOfMemoryError, by the name that it has had before torch 2.5 too
+    return isinstance(error, torch.cuda.OutOfMemoryError) or EXHAUSTION.search(str(error)) is not None
 
 
 def set_slicing(unet: nn.Module, slices: bool) -> None:

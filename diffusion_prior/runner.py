@@ -8,7 +8,7 @@ import torch
 
 from diffusion_prior.checkpoints import read_prior, resolve
 from diffusion_prior.fitting import fit_clip
-from diffusion_prior.memory import GIB, PRESETS, choose_preset, estimate_memory
+from diffusion_prior.memory import GIB, PRESETS, choose_preset, estimate_memory, explain_exhaustion
 from diffusion_prior.prior import VideoPrior, fast_dtype
 from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import ConditionClip
@@ -35,24 +35,26 @@ def prepare_prior(
     Raises:
         ValueError: unknown name, or a prior that is broken.
         FileNotFoundError: a part, or a hub repository, that cannot be had.
+        OutOfDeviceMemory: the weights alone are too large for the GPU; names the ways to need less.
     """
     folders = resolve(name)
     prior = read_prior(folders.folder, folders.unet).eval()
     prior.sampling = sampling
     dtype = fast_dtype(device) if sampling.precision == "auto" else DTYPES[sampling.precision]
     prior.to(dtype=dtype)
+    fitted = fit_clip(clip, prior.fit, prior.frame_size).clip
     preset = "all" if sampling.memory == "auto" and device.type != "cuda" else sampling.memory
     if preset != "all" or device.type == "cuda":
-        preset = _announced(prior, preset, device, clip, say)
+        preset = _announced(prior, preset, device, fitted, say)
     prior.use_memory_preset(PRESETS[preset])
-    return prior.to(device)
+    with explain_exhaustion(prior, fitted):
+        return prior.to(device)
 
 
 def _announced(
-    prior: VideoPrior, preset: str, device: torch.device, clip: ConditionClip, say: Callable[[str], None]
+    prior: VideoPrior, preset: str, device: torch.device, fitted: ConditionClip, say: Callable[[str], None]
 ) -> str:
     """The preset, decided, after the estimate was told."""
-    fitted = fit_clip(clip, prior.fit, prior.frame_size).clip
     height, width = fitted.rgb.shape[-2:]
     size = (fitted.num_frames, height, width)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

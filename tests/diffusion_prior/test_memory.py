@@ -15,6 +15,7 @@ from diffusion_prior.memory import (
     OutOfDeviceMemory,
     choose_preset,
     estimate_memory,
+    explain_exhaustion,
 )
 
 
@@ -149,6 +150,39 @@ def test_running_out_of_memory_says_what_was_needed_and_what_to_do(monkeypatch):
     with pytest.raises(OutOfDeviceMemory, match=r"enhance 3 frames of 24 x 16 .* GiB .*sampling.memory 8gb") as caught:
         tiny_prior().enhance(random_clip(3, 16, 24), seeded())
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    ],
+)
+def test_libraries_that_get_no_memory_are_explained_too(message):
+    error = RuntimeError(message)
+    explained = pytest.raises(OutOfDeviceMemory, match="memory is not enough")
+    with explained as caught, explain_exhaustion(tiny_prior(), random_clip()):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)",
+    ],
+)
+def test_errors_that_are_not_about_the_gpus_memory_stay_what_they_are(message):
+    error = RuntimeError(message)
+    with pytest.raises(RuntimeError) as caught, explain_exhaustion(tiny_prior(), random_clip()):
+        raise error
+    assert caught.value is error
 
 
 def test_in_half_precision_a_vae_that_overflows_stays_in_single_precision():

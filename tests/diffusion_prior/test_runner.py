@@ -3,7 +3,8 @@ import torch
 from svd_folders import write_svd_folder
 from tiny_prior import random_clip
 
-from diffusion_prior.memory import PRESETS
+from diffusion_prior import prior as prior_module
+from diffusion_prior.memory import PRESETS, OutOfDeviceMemory
 from diffusion_prior.runner import prepare_prior
 from diffusion_prior.sampling_config import SamplingConfig
 
@@ -42,8 +43,6 @@ def test_the_precision_asked_for_is_that_of_the_networks(folder, precision, dtyp
 
 
 def test_on_a_gpu_the_first_preset_that_fits_into_what_is_free_is_taken(folder, monkeypatch):
-    from diffusion_prior import prior as prior_module
-
     # a GPU that is too small for anything, without one: nothing is moved there
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 8 << 30))
     monkeypatch.setattr(prior_module.VideoPrior, "to", lambda self, device=None, dtype=None: self)
@@ -51,3 +50,20 @@ def test_on_a_gpu_the_first_preset_that_fits_into_what_is_free_is_taken(folder, 
     prior = prepare_prior(folder, torch.device("cuda"), SamplingConfig(precision="fp32"), random_clip(), said.append)
     assert prior.preset == PRESETS["8gb"]
     assert "That may not be enough" in said[0]
+
+
+def test_weights_that_do_not_fit_are_explained(folder, monkeypatch):
+    real = prior_module.VideoPrior.to
+
+    def too_small(self, device=None, dtype=None):
+        if str(device) == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return real(self, device, dtype)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 20, 8 << 30))
+    monkeypatch.setattr(prior_module.VideoPrior, "to", too_small)
+    sampling = SamplingConfig(memory="24gb", frame_size=(16, 16), precision="fp32")
+    # the shorter side of 30 goes to 16, the longer one of 60 to 32: what is asked of the networks is what is told
+    with pytest.raises(OutOfDeviceMemory, match=r"3 frames of 32 x 16 .*sampling\.memory 8gb") as caught:
+        prepare_prior(folder, torch.device("cuda"), sampling, random_clip(3, 30, 60), lambda line: None)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
