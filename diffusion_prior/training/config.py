@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from diffusion_prior.data.clips import ClipConfig
+
+UNET_SETTINGS = ("trainable", "lora_rank", "gradient_checkpointing")
+"""What `ScaleConfig` says of the UNet: the trainings of the other networks have no use for it."""
 
 
 @dataclass
@@ -41,6 +45,30 @@ class ScaleConfig:
             raise ValueError(f"batches_per_step must be at least 1, got {self.batches_per_step}.")
         if self.steps_per_shard < 1:
             raise ValueError(f"steps_per_shard must be at least 1, got {self.steps_per_shard}.")
+        if self.sharding and self.optimizer == "adamw8bit":
+            # bitsandbytes takes no DTensors, and a checkpoint could not gather the states that it keeps beside them
+            raise ValueError(
+                "sharding needs an optimiser whose states PyTorch can split, got optimizer=adamw8bit; set `optimizer` to "
+                "adamw, or train without `sharding`."
+            )
+
+    def refuse(self, names: Sequence[str], training: str) -> None:
+        """Refuse settings that a training would ignore.
+
+        Args:
+            names: of the settings that it has no use for.
+            training: what it is called.
+
+        Raises:
+            ValueError: where one of them is not what it is by default.
+        """
+        defaults = {entry.name: entry.default for entry in fields(self)}
+        changed = [f"{name}={getattr(self, name)!r}" for name in names if getattr(self, name) != defaults[name]]
+        if changed:
+            raise ValueError(
+                f"{training} has no use for {', '.join(names)}: they must stay as they are by default, got "
+                f"{', '.join(changed)}; leave them out (`diffusion_prior.training.train_ldm` takes them)."
+            )
 
 
 @dataclass

@@ -21,7 +21,7 @@ from diffusion_prior.noise import karras_sigmas
 from diffusion_prior.prior import VideoPrior, denoise
 from diffusion_prior.sampler import frame_guidance, guide, sample_euler
 from diffusion_prior.std import widened
-from diffusion_prior.training.config import TrainingConfig
+from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
 from diffusion_prior.training.discriminator import PatchDiscriminator
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
 from diffusion_prior.training.objectives import discriminator_hinge, generator_hinge, perceptual_distance
@@ -65,6 +65,10 @@ class StdConfig(TrainingConfig):
     that had none before gets it."""
     photograph_latent_probability: float = 0.1
     """Share of the clips which get the latents of the photographs instead of sampled ones."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scale.refuse(UNET_SETTINGS, "the training of the spatial-temporal decoder")
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from diffusion_prior.conditioning import encode_frames, to_signed
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_float
 from diffusion_prior.prior import VideoPrior
 from diffusion_prior.std import SpatialTemporalDecoder
-from diffusion_prior.training.config import TrainingConfig
+from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
 from diffusion_prior.training.objectives import kl_to_unit_normal, perceptual_distance
 from diffusion_prior.training.setup import (
@@ -44,6 +44,10 @@ class VaeConfig(TrainingConfig):
     """Weight of the divergence of the latents from unit normals, in nats per element."""
     render_probability: float = 0.3
     """Share of the clips in which renders are reconstructed instead of photographs."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.scale.refuse(UNET_SETTINGS, "the training of the VAE")
 
 
 class VaeLosses(Losses):

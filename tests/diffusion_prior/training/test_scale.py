@@ -36,6 +36,8 @@ from diffusion_prior.training.loop import (
 from diffusion_prior.training.sharding import fit_optimizer
 from diffusion_prior.training.shards import PackShards, ShardedClips, list_shards, pack
 from diffusion_prior.training.train_ldm import LdmConfig
+from diffusion_prior.training.train_std import StdConfig
+from diffusion_prior.training.train_vae import VaeConfig
 from diffusion_prior.training.trainable import choose_trainable, merge_additions
 from diffusion_prior.unet import SpatioTemporalUNet
 
@@ -396,6 +398,25 @@ def test_settings_of_scale_that_cannot_work_are_refused():
     for entry in ("lora_rank", "batches_per_step", "steps_per_shard"):
         with pytest.raises(ValueError, match=f"{entry} must be at least 1, got 0"):
             ScaleConfig(**{entry: 0})
+    with pytest.raises(
+        ValueError, match=r"got optimizer=adamw8bit; set `optimizer` to adamw, or train without `sharding`"
+    ):
+        ScaleConfig(sharding=True, optimizer="adamw8bit")
+
+
+@pytest.mark.parametrize("kind", [StdConfig, VaeConfig])
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"trainable": "temporal"}, "trainable='temporal'"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing=True"),
+        ({"trainable": "lora", "lora_rank": 4}, "trainable='lora', lora_rank=4"),
+    ],
+)
+def test_settings_of_the_unet_are_refused_where_it_does_not_train(tmp_path, kind, changed, named):
+    with pytest.raises(ValueError, match=rf"must stay as they are by default, got {named}; leave them out"):
+        kind(pairs=tmp_path, output=tmp_path, scale=ScaleConfig(**changed))
+    kind(pairs=tmp_path, output=tmp_path, scale=ScaleConfig(optimizer="adamw8bit", batches_per_step=2))
 
 
 def test_a_prior_whose_unet_has_no_temporal_blocks_cannot_train_them(tiny_prior):
