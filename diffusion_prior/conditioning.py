@@ -114,12 +114,23 @@ def pad_to_multiple(frames: Float[Tensor, "*b c h w"], multiple: int, at_least: 
 
 
 def encode_frames(
-    vae: AutoencoderKLTemporalDecoder, rgb: Float[Tensor, "*b 3 h w"], patch_size: int
+    vae: AutoencoderKLTemporalDecoder, rgb: Float[Tensor, "*b 3 h w"], patch_size: int, at_once: int | None = None
 ) -> Float[Tensor, "*b c h2 w2"]:
-    """Unscaled latents (the posterior's mode) of frames in [0, 1] whose sides divide by the whole factor."""
-    pixels = F.pixel_unshuffle(to_signed(rgb).reshape(-1, *rgb.shape[-3:]).to(vae.dtype), patch_size)
-    pixels = pixels.contiguous(memory_format=torch.channels_last)
-    latents = vae.encode(pixels).latent_dist.mode()  # pyright: ignore[reportAttributeAccessIssue]  # diffusers' union
+    """Unscaled latents (the posterior's mode) of frames.
+
+    Args:
+        vae: whose encoder is used; it looks at every frame by itself.
+        rgb: frames in [0, 1] whose sides divide by the whole factor.
+        patch_size: pixels that the prior's pixel unshuffling puts into channels, along each side.
+        at_once: most frames that are encoded together, for less memory; None for all of them.
+    """
+    frames = rgb.reshape(-1, *rgb.shape[-3:])
+    parts = []
+    for part in frames.split(at_once or len(frames)):
+        pixels = F.pixel_unshuffle(to_signed(part).to(vae.dtype), patch_size)
+        pixels = pixels.contiguous(memory_format=torch.channels_last)
+        parts.append(vae.encode(pixels).latent_dist.mode())  # pyright: ignore[reportAttributeAccessIssue]  # diffusers' union
+    latents = torch.cat(parts)
     return latents.reshape(*rgb.shape[:-3], *latents.shape[1:]).to(rgb.dtype)
 
 

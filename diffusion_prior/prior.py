@@ -345,7 +345,7 @@ class VideoPrior:
         fov = None if clip.fov_x_rad is None else torch.tensor([clip.fov_x_rad])
         micro = self.micro(1, poses, fov)
         with self._resident("vae"):
-            latents = torch.cat([encode_frames(self.vae, frame[None], config.patch_size) for frame in noised])
+            latents = encode_frames(self.vae, noised, config.patch_size, at_once=1)
         with self._resident("image_encoder"):
             shown = clip.rgb.to(self.device)
             shown = (shown + 1) / 2 if config.halved_clip_input else shown

@@ -26,6 +26,9 @@ class ScaleConfig:
     """Compute the UNet's activations twice instead of keeping them: about a third slower, a fraction of the memory."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """adamw8bit keeps the optimiser's states in 8 bits; needs a GPU and `pip install bitsandbytes`."""
+    encode_frames: int | None = None
+    """Most frames of a batch that a VAE which does not train encodes together; fewer take less memory and give the same
+    latents. None: all."""
     sharding: bool = False
     """Split weights, gradients, optimiser states and average over the processes (FSDP), for what fits no single GPU."""
     batches_per_step: int | None = None
@@ -43,6 +46,8 @@ class ScaleConfig:
             raise ValueError(f"lora_rank must be at least 1, got {self.lora_rank}.")
         if self.batches_per_step is not None and self.batches_per_step < 1:
             raise ValueError(f"batches_per_step must be at least 1, got {self.batches_per_step}.")
+        if self.encode_frames is not None and self.encode_frames < 1:
+            raise ValueError(f"encode_frames must be at least 1, got {self.encode_frames}.")
         if self.steps_per_shard < 1:
             raise ValueError(f"steps_per_shard must be at least 1, got {self.steps_per_shard}.")
         if self.sharding and self.optimizer == "adamw8bit":

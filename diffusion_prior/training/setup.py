@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from jaxtyping import Bool
+from torch import Tensor
 
 from diffusion_prior.checkpoints import load_prior, save_prior
 from diffusion_prior.data.clips import ClipBatch, Gap, find_gaps, split_scenes, validation_clips
@@ -47,6 +49,11 @@ def cut_to_latents(config: AnyConfig, prior: VideoPrior) -> AnyConfig:
 def clip_to(clip: ClipBatch, device: torch.device) -> ClipBatch:
     """A batch on another device."""
     return ClipBatch(**{name: frames.to(device) for name, frames in vars(clip).items()})
+
+
+def clips_where(batch: ClipBatch, chosen: Bool[Tensor, " b"]) -> ClipBatch:
+    """Some clips of a batch, in their order."""
+    return ClipBatch(**{name: frames[chosen.to(frames.device)] for name, frames in vars(batch).items()})
 
 
 def write_prior(prior: VideoPrior, config: TrainingConfig, accelerator: Accelerator) -> None:

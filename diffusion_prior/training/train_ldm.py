@@ -60,13 +60,16 @@ class LdmConfig(TrainingConfig):
     """Share of the clips whose frames between the references lose their condition."""
 
 
-def batch_condition(prior: VideoPrior, batch: ClipBatch, generator: torch.Generator | None) -> LatentCondition:
+def batch_condition(
+    prior: VideoPrior, batch: ClipBatch, generator: torch.Generator | None, at_once: int | None = None
+) -> LatentCondition:
     """What the UNet is told about a batch of crops; the embeddings, of whole frames, are differentiable.
 
     Args:
         prior: whose VAE and image encoder are used.
         batch: clips.
         generator: source of the noise augmentation; None adds none.
+        at_once: most frames that the VAE encodes together; None for all.
     """
     config = prior.config
     rgb, alpha, disparity = (to_float(frames) for frames in (batch.rgb, batch.alpha, batch.disparity))
@@ -75,7 +78,7 @@ def batch_condition(prior: VideoPrior, batch: ClipBatch, generator: torch.Genera
         if generator is not None and config.noise_augmentation > 0:
             noise = torch.randn(rgb.shape, generator=generator).to(rgb)
             noised = rgb + config.noise_augmentation / 2 * noise  # half of it: [0, 1] is half as wide as [-1, 1]
-        latents = encode_frames(prior.vae, noised, config.patch_size)
+        latents = encode_frames(prior.vae, noised, config.patch_size, at_once)
     return LatentCondition(
         latents=latents,
         extra=prior.extras(alpha, disparity),
@@ -98,11 +101,13 @@ class LdmLosses(Losses):
         """EDM's weighted error at one noise level per clip."""
         prior, config = self._prior, self.config
         batch = clip_to(batch, prior.device)
-        count = batch.rgb.shape[0]
-        condition = batch_condition(prior, batch, generator)
+        count, at_once = batch.rgb.shape[0], config.scale.encode_frames
+        condition = batch_condition(prior, batch, generator, at_once)
         condition = drop_middle_frames(condition, draw_dropped_clips(count, config.condition_dropout, generator))
         with torch.no_grad():
-            clean = encode_frames(prior.vae, to_float(batch.target), prior.config.patch_size) * prior.latent_scale
+            clean = (
+                encode_frames(prior.vae, to_float(batch.target), prior.config.patch_size, at_once) * prior.latent_scale
+            )
         sigma = draw_sigmas(count, progress, config, prior.config.sigma_max, generator).to(clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         denoised = denoise(self.unet, add_noise(clean, noise, sigma), sigma, condition)
@@ -154,7 +159,8 @@ class LdmTask(Task):
 
     def _reconstruct(self, clip: ClipBatch, number: int) -> Tensor:
         rgb = to_float(clip.target[0].to(self.prior.device))
-        return self.prior.decode_stock(encode_frames(self.prior.vae, rgb, self.prior.config.patch_size)).cpu()
+        at_once = self.config.scale.encode_frames
+        return self.prior.decode_stock(encode_frames(self.prior.vae, rgb, self.prior.config.patch_size, at_once)).cpu()
 
 
 def run(config: LdmConfig) -> None:

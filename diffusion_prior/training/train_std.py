@@ -27,6 +27,7 @@ from diffusion_prior.training.loop import Losses, Task, Validation, make_acceler
 from diffusion_prior.training.objectives import discriminator_hinge, generator_hinge, perceptual_distance
 from diffusion_prior.training.setup import (
     clip_to,
+    clips_where,
     cut_to_latents,
     fixed_clips,
     log_to_console,
@@ -72,10 +73,19 @@ class StdConfig(TrainingConfig):
 
 
 @torch.no_grad()
-def sample_batch(prior: VideoPrior, batch: ClipBatch, generator: torch.Generator) -> Float[Tensor, "b f c h w"]:
-    """Unscaled latents that the latent diffusion model samples for a batch of crops, as `VideoPrior` does for a clip."""
+def sample_batch(
+    prior: VideoPrior, batch: ClipBatch, generator: torch.Generator, at_once: int | None = None
+) -> Float[Tensor, "b f c h w"]:
+    """Unscaled latents that the latent diffusion model samples for a batch of crops, as `VideoPrior` does for a clip.
+
+    Args:
+        prior: whose VAE, image encoder and UNet are used.
+        batch: clips.
+        generator: source of the first noise and of the noise augmentation.
+        at_once: most frames that the VAE encodes together; None for all.
+    """
     config = prior.config
-    condition = batch_condition(prior, batch, generator)
+    condition = batch_condition(prior, batch, generator, at_once)
     shape = (*condition.latents.shape[:2], prior.unet.config["out_channels"], *condition.latents.shape[-2:])
     noise = torch.randn(shape, generator=generator).to(condition.latents)
     guidance = frame_guidance(shape[1], config.min_guidance, config.max_guidance)
@@ -143,13 +153,17 @@ class StdLosses(Losses):
 
     @torch.no_grad()
     def _latents(self, batch: ClipBatch, generator: torch.Generator) -> Float[Tensor, "b f c h w"]:
-        prior = self._prior
-        sampled = sample_batch(prior, batch, generator)
-        from_photographs = torch.rand(len(sampled), generator=generator) < self.config.photograph_latent_probability
-        if not from_photographs.any():
-            return sampled
-        encoded = encode_frames(prior.vae, to_float(batch.target), prior.config.patch_size).to(sampled)
-        return torch.where(from_photographs.to(sampled.device)[:, None, None, None, None], encoded, sampled)
+        """Those of the photographs for some clips, sampled ones for the others; no clip costs more than what it takes."""
+        prior, at_once = self._prior, self.config.scale.encode_frames
+        photographs = torch.rand(len(batch.target), generator=generator) < self.config.photograph_latent_probability
+        parts = []
+        if photographs.any():
+            target = to_float(clips_where(batch, photographs).target)
+            parts.append(encode_frames(prior.vae, target, prior.config.patch_size, at_once))
+        if not photographs.all():
+            parts.append(sample_batch(prior, clips_where(batch, ~photographs), generator, at_once))
+        places = torch.cat([photographs.nonzero(), (~photographs).nonzero()]).flatten().argsort()
+        return torch.cat(parts)[places.to(batch.target.device)]
 
 
 class StdTask(Task):

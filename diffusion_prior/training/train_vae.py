@@ -47,7 +47,7 @@ class VaeConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.scale.refuse(UNET_SETTINGS, "the training of the VAE")
+        self.scale.refuse((*UNET_SETTINGS, "encode_frames"), "the training of the VAE")
 
 
 class VaeLosses(Losses):

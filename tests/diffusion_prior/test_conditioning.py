@@ -112,6 +112,17 @@ def test_frames_are_encoded_one_by_one_whatever_the_batch_axes():
     torch.testing.assert_close(again[0, 0], latents[1])
 
 
+def test_frames_encoded_a_few_at_once_have_the_same_latents(monkeypatch):
+    prior, rgb = tiny_prior(), random_clip(6).rgb.unflatten(0, (2, 3))
+    counts, encoder = [], prior.vae.encoder.forward
+    monkeypatch.setattr(prior.vae.encoder, "forward", lambda pixels: [counts.append(len(pixels)), encoder(pixels)][1])
+    with torch.no_grad():
+        latents = encode_frames(prior.vae, rgb, 2)
+        in_parts = encode_frames(prior.vae, rgb, 2, at_once=4)
+    assert counts == [6, 4, 2]
+    torch.testing.assert_close(in_parts, latents)
+
+
 def test_embeddings_differ_between_frames_and_pass_gradients_to_the_encoder():
     prior, clip = tiny_prior(), random_clip()
     embeddings = embed_frames(prior.image_encoder, clip.rgb)

@@ -248,6 +248,24 @@ def test_a_partial_training_changes_its_part_and_its_checkpoint_holds_no_more(pa
     assert all(expected in name for name in changed)
 
 
+def test_frames_encoded_one_by_one_train_alike(pairs, tiny_prior, together, tmp_path, monkeypatch):
+    counts, real = set(), train_ldm.encode_frames
+
+    def watching(vae, rgb, patch_size, at_once=None):
+        counts.add(at_once)
+        return real(vae, rgb, patch_size, at_once)
+
+    monkeypatch.setattr(train_ldm, "encode_frames", watching)
+    train_ldm.run(ldm(pairs, tiny_prior, tmp_path, batches_per_step=2, encode_frames=1))
+    assert counts == {1}
+    assert_same_training(tmp_path, together)
+
+
+def test_encoding_a_few_frames_at_once_is_refused_where_the_vae_trains(tmp_path):
+    with pytest.raises(ValueError, match="got encode_frames=2"):
+        VaeConfig(pairs=tmp_path, output=tmp_path, scale=ScaleConfig(encode_frames=2))
+
+
 def test_checkpointed_gradients_are_those_of_kept_activations():
     sample = torch.randn(1, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
     gradients = []
@@ -395,7 +413,7 @@ def test_a_checkpoint_from_before_batches_were_counted_is_read(pairs, tiny_prior
 
 
 def test_settings_of_scale_that_cannot_work_are_refused():
-    for entry in ("lora_rank", "batches_per_step", "steps_per_shard"):
+    for entry in ("lora_rank", "encode_frames", "batches_per_step", "steps_per_shard"):
         with pytest.raises(ValueError, match=f"{entry} must be at least 1, got 0"):
             ScaleConfig(**{entry: 0})
     with pytest.raises(

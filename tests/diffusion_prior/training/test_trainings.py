@@ -12,12 +12,12 @@ from svd_folders import write_svd_folder
 
 from diffusion_prior.checkpoints import load_prior
 from diffusion_prior.conditioning import encode_frames
-from diffusion_prior.data.clips import ClipConfig, collate, to_float
+from diffusion_prior.data.clips import ClipConfig, collate, step_generator, to_float
 from diffusion_prior.training import train_ldm, train_std, train_vae
 from diffusion_prior.training.config import ScaleConfig
 from diffusion_prior.training.setup import fixed_clips
 from diffusion_prior.training.train_ldm import LdmConfig, batch_condition, draw_sigmas
-from diffusion_prior.training.train_std import StdConfig, sample_batch
+from diffusion_prior.training.train_std import StdConfig, StdLosses, sample_batch
 from diffusion_prior.training.train_vae import VaeConfig
 from diffusion_prior.training.validation import condition_clip, contact_sheet, judge
 
@@ -180,6 +180,51 @@ def test_sampled_batch_of_a_pose_conditioned_prior_is_guided_as_its_own_sample_i
     alone = prior.predict_latents(condition_clip(clip), torch.Generator().manual_seed(3))
     # thumbnails are stored as bytes: measured 1e-3; 0.26 with the micro-conditions kept in the unconditional pass
     torch.testing.assert_close(batched, alone, atol=0.02, rtol=0.02)
+
+
+@pytest.fixture
+def latents_of(pairs, tiny_prior, before, tmp_path):
+    """`latents_of(probability, number)`: what the STD's training decodes of four clips, and the clips."""
+    config = settings(StdConfig, pairs, tiny_prior, tmp_path, scale=ScaleConfig(encode_frames=3))
+    clip = fixed_clips(config, 5, 8)[0]
+    batch = collate([clip, *(dataclasses.replace(clip, target=clip.target // part) for part in (2, 3, 4))])
+
+    def latents(probability: float, number: int):
+        losses = StdLosses(before, dataclasses.replace(config, photograph_latent_probability=probability))
+        return losses._latents(batch, step_generator(0, number)), batch
+
+    return latents
+
+
+def test_clips_that_take_the_photographs_latents_are_not_sampled(latents_of, before, monkeypatch):
+    monkeypatch.setattr(train_std, "sample_batch", None)
+    latents, batch = latents_of(1.0, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(latents, encode_frames(before.vae, to_float(batch.target), 2))
+
+
+def test_every_clip_gets_its_own_latents_and_only_the_others_are_sampled(latents_of, before, monkeypatch):
+    asked = []
+
+    def sample(prior, batch, generator, at_once):
+        asked.append((len(batch.rgb), at_once))
+        return -encode_frames(prior.vae, to_float(batch.target), 2)
+
+    monkeypatch.setattr(train_std, "sample_batch", sample)
+    latents, batch = latents_of(0.5, 1)
+    with torch.no_grad():
+        encoded = encode_frames(before.vae, to_float(batch.target), 2)
+    from_photographs = [torch.allclose(got, own, atol=1e-4) for got, own in zip(latents, encoded)]
+    sampled = [torch.allclose(got, -own, atol=1e-4) for got, own in zip(latents, encoded)]
+    assert sorted(map(sum, zip(from_photographs, sampled))) == [1, 1, 1, 1]
+    assert 0 < sum(sampled) < 4  # so that both kinds are among them
+    assert asked == [(sum(sampled), 3)]
+
+
+def test_latents_of_a_step_follow_from_its_number(latents_of):
+    one, other = latents_of(0.5, 1)[0], latents_of(0.5, 1)[0]
+    assert torch.equal(one, other)
+    assert not torch.equal(one, latents_of(0.5, 2)[0])
 
 
 def test_crops_are_made_to_fit_the_latents(pairs, tiny_prior, tmp_path):
