@@ -151,12 +151,15 @@ def gaps_of(header: RunHeader) -> list[Gap]:
     return [Gap(header, before, after, tuple(frames)) for (before, after), frames in sorted(rows.items())]
 
 
-def split_scenes(root: Path, validation_scenes: Sequence[str] = ()) -> tuple[list[str], list[str]]:
+def split_scenes(
+    root: Path, validation_scenes: Sequence[str] = (), train_elsewhere: bool = False
+) -> tuple[list[str], list[str]]:
     """Which scenes train and which validate.
 
     Args:
         root: folder of paired data.
         validation_scenes: names; if empty, one scene in twelve, evenly over the sorted names. A single scene serves as both.
+        train_elsewhere: the scenes that train need not be there.
 
     Raises:
         ValueError: if a named scene is not there, or none is left to train on.
@@ -169,7 +172,7 @@ def split_scenes(root: Path, validation_scenes: Sequence[str] = ()) -> tuple[lis
         return scenes, scenes
     held_out = set(validation_scenes) or set(scenes[VALIDATION_SHARE // 2 :: VALIDATION_SHARE]) or {scenes[-1]}
     training = [scene for scene in scenes if scene not in held_out]
-    if not training:
+    if not training and not train_elsewhere:
         raise ValueError(f"all scenes of {root} are validation scenes; leave at least one to train on.")
     return training, sorted(held_out)
 

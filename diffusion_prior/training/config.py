@@ -36,8 +36,9 @@ class ScaleConfig:
     keeps its number, whatever the number of processes, and goes on exactly as it would have."""
     shards: str | None = None
     """Stream the training clips from shards (`python -m diffusion_prior.training.shards`): a folder, or a pattern such as
-    `https://host/pairs-{000000..000999}.tar` or `pipe:aws s3 cp s3://bucket/pairs-{000000..000999}.tar -`. `pairs` then
-    holds the validation scenes alone."""
+    `https://host/pairs-{000000..000999}.tar` or `pipe:aws s3 cp s3://bucket/pairs-{000000..000999}.tar -`. Of `pairs`
+    the validation scenes alone are then read; they are those that the shards lack where both commands were given the same
+    `pairs` and `validation_scenes`."""
     steps_per_shard: int = 50
     """Steps that draw their clips from one shard before it is given up for the next."""
 

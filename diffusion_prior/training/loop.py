@@ -338,8 +338,7 @@ def _dataset(task: Task, state: State, config: TrainingConfig, accelerator: Acce
     if config.scale.shards is None:
         return task.dataset(0, 1)
     assert state.batches_per_step is not None
-    kept = state.batches_per_step // accelerator.num_processes
-    return ShardedClips(config.scale, config.clips, config.seed, state.batches_per_step, kept)
+    return ShardedClips(config.scale, config.clips, config.seed, state.batches_per_step)
 
 
 def _agreed_share(progress: Progress, config: TrainingConfig, accelerator: Accelerator) -> float:

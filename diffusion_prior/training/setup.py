@@ -35,7 +35,8 @@ def training_gaps(config: TrainingConfig) -> list[Gap]:
 
 def fixed_clips(config: TrainingConfig, num_frames: int, size_multiple: int) -> list[ClipBatch]:
     """The whole clips of the scenes that validate."""
-    gaps = find_gaps(config.pairs, split_scenes(config.pairs, config.validation_scenes)[1])
+    sharded = config.scale.shards is not None
+    gaps = find_gaps(config.pairs, split_scenes(config.pairs, config.validation_scenes, train_elsewhere=sharded)[1])
     return validation_clips(gaps, config.validation_clips, num_frames, size_multiple)
 
 

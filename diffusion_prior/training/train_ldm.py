@@ -105,9 +105,8 @@ class LdmLosses(Losses):
         condition = batch_condition(prior, batch, generator, at_once)
         condition = drop_middle_frames(condition, draw_dropped_clips(count, config.condition_dropout, generator))
         with torch.no_grad():
-            clean = (
-                encode_frames(prior.vae, to_float(batch.target), prior.config.patch_size, at_once) * prior.latent_scale
-            )
+            target = to_float(batch.target)
+            clean = encode_frames(prior.vae, target, prior.config.patch_size, at_once) * prior.latent_scale
         sigma = draw_sigmas(count, progress, config, prior.config.sigma_max, generator).to(clean)
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         denoised = denoise(self.unet, add_noise(clean, noise, sigma), sigma, condition)

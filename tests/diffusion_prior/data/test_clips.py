@@ -335,6 +335,7 @@ def test_validation_scenes_can_be_named_and_must_exist(tmp_path):
         split_scenes(tmp_path, ["cola"])
     with pytest.raises(ValueError, match="leave at least one"):
         split_scenes(tmp_path, ["beer", "coke"])
+    assert split_scenes(tmp_path, ["beer", "coke"], train_elsewhere=True) == ([], ["beer", "coke"])
 
 
 def test_scenes_count_by_the_square_root_of_their_frames_however_many_runs_they_have(tmp_path):

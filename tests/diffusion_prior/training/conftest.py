@@ -47,6 +47,15 @@ def pairs(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def other_pairs(tmp_path_factory) -> Path:
+    """Paired data of three small scenes, none of them in `pairs`; the last one validates."""
+    root = tmp_path_factory.mktemp("other-pairs")
+    for seed, scene in enumerate(("ale", "juice", "water"), start=2):
+        write_smooth_scene(root, scene, seed)
+    return root
+
+
+@pytest.fixture(scope="session")
 def tiny_prior(tmp_path_factory) -> Path:
     """A prior of the bundled architecture, as small as its norms allow."""
     prior = build_compact_prior(

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from svd_folders import tiny_unet, write_svd_folder
 from torch import nn
+from torch.utils.data import DataLoader
 
 from diffusion_prior.checkpoints import load_prior, read_prior
 from diffusion_prior.data.clips import ClipConfig
-from diffusion_prior.data.pairs import find_runs
+from diffusion_prior.data.pairs import find_runs, read_header
 from diffusion_prior.full_size import full_size_prior
 from diffusion_prior.training import loop, shards, train_ldm
 from diffusion_prior.training.config import ScaleConfig, TrainingConfig
@@ -33,6 +35,7 @@ from diffusion_prior.training.loop import (
     make_accelerator,
     make_optimizer,
 )
+from diffusion_prior.training.setup import fixed_clips
 from diffusion_prior.training.sharding import fit_optimizer
 from diffusion_prior.training.shards import PackShards, ShardedClips, list_shards, pack
 from diffusion_prior.training.train_ldm import LdmConfig
@@ -331,40 +334,49 @@ def test_accelerates_own_fsdp_is_refused_with_the_way_out(tmp_path, monkeypatch)
 
 
 @pytest.fixture(scope="module")
-def packed(pairs, tmp_path_factory):
+def packed(other_pairs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shards")
-    pack(PackShards(pairs=pairs, output=folder, runs_per_shard=1))
+    pack(PackShards(pairs=other_pairs, output=folder, runs_per_shard=1))
     return folder
 
 
-def clips_of(packed, lanes=2, kept=2, **changes) -> ShardedClips:
-    return ShardedClips(ScaleConfig(shards=str(packed), **changes), CLIPS, seed=0, lanes=lanes, kept=kept)
+def clips_of(packed, lanes=2, **changes) -> ShardedClips:
+    return ShardedClips(ScaleConfig(shards=str(packed), **changes), CLIPS, seed=0, lanes=lanes)
 
 
-def test_shards_hold_every_run_once(pairs, packed, tmp_path):
-    assert len(list_shards(str(packed))) == len(find_runs(pairs)) == 2
-    folders = [
-        folder
-        for number, address in enumerate(list_shards(str(packed)))
-        for folder in shards.unpack(address, _made(tmp_path / str(number)))
-    ]
-    contents = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in folders]
-    wanted = [{file.name: file.read_bytes() for file in folder.iterdir()} for folder in find_runs(pairs)]
+def runs_of(packed, folder) -> list[Path]:
+    """What is in shards, unpacked into a folder."""
+    runs = []
+    for number, address in enumerate(list_shards(str(packed))):
+        (folder / str(number)).mkdir()
+        runs += shards.unpack(address, folder / str(number))
+    return runs
+
+
+def test_shards_hold_every_run_that_trains_once(other_pairs, packed, tmp_path):
+    assert len(list_shards(str(packed))) == 2
+    contents = [{file.name: file.read_bytes() for file in run.iterdir()} for run in runs_of(packed, tmp_path)]
+    training = [run for run in find_runs(other_pairs) if run.parent.name != "water"]
+    wanted = [{file.name: file.read_bytes() for file in run.iterdir()} for run in training]
     assert all(content in wanted for content in contents)
-    assert len(contents) == len(wanted)
+    assert len(contents) == len(wanted) == 2
 
 
-def _made(folder):
-    folder.mkdir()
-    return folder
+def test_scenes_that_are_named_for_validation_are_left_out_of_the_shards(other_pairs, tmp_path):
+    pack(PackShards(pairs=other_pairs, output=tmp_path / "shards", validation_scenes=("ale",)))
+    assert {read_header(run).scene for run in runs_of(tmp_path / "shards", tmp_path)} == {"juice", "water"}
+
+
+def assert_same_batch(one, other) -> None:
+    for name in ("rgb", "target", "camera_to_world", "fov_x_rad"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
 
 
 def test_batches_from_shards_depend_on_their_number_alone(packed):
-    one, other = clips_of(packed), clips_of(packed, kept=1)
+    clips = clips_of(packed)
     for number in (3, 0, 3, 1):
-        for name in ("rgb", "camera_to_world", "fov_x_rad"):
-            assert torch.equal(getattr(one[number], name), getattr(other[number], name))
-    assert not torch.equal(one[0].rgb, one[2].rgb)
+        assert_same_batch(clips[number], clips_of(packed)[number])
+    assert not torch.equal(clips[0].rgb, clips[2].rgb)
 
 
 def test_lanes_go_through_shards_of_their_own_and_change_them_after_so_many_steps(packed):
@@ -375,16 +387,72 @@ def test_lanes_go_through_shards_of_their_own_and_change_them_after_so_many_step
     assert {clips.address(2 * step) for step in range(30)} == set(clips.addresses)
 
 
-def test_no_more_shards_lie_unpacked_than_lanes_are_read(packed):
-    clips = clips_of(packed, lanes=1, kept=1, steps_per_shard=1)
+def unpacked_by(clips) -> set[str]:
+    return {path.name for path in clips._folder.iterdir() if path.is_dir()}
+
+
+def test_no_more_shards_lie_unpacked_than_lanes_are_read_and_none_afterwards(packed):
+    clips = clips_of(packed, lanes=1, steps_per_shard=1)
     for number in range(4):
         assert clips[number].rgb.shape[1] == 3
-        assert len(clips._open) == 1
+        assert len(unpacked_by(clips)) == 1
+    folder = clips._folder
+    del clips
+    assert not folder.exists()
 
 
-def test_a_training_reads_its_clips_from_shards(pairs, packed, tiny_prior, tmp_path):
+def test_loader_workers_draw_the_same_batches_and_stream_every_shard_once_together(packed, tmp_path, monkeypatch):
+    streamed, real = tmp_path / "streamed", shards.unpack
+
+    def watching(address, folder):
+        with streamed.open("a") as file:
+            file.write(f"{address}\n")
+        return real(address, folder)
+
+    monkeypatch.setattr(shards, "unpack", watching)
+    clips = clips_of(packed)
+    loader = DataLoader(clips, batch_size=None, sampler=range(8), num_workers=3, multiprocessing_context="fork")
+    batches = list(loader)
+    assert sorted(streamed.read_text().split()) == clips.addresses  # of two lanes, each read by all three workers
+    for number, batch in enumerate(batches):
+        assert_same_batch(batch, clips_of(packed)[number])
+
+
+def test_the_last_worker_that_needed_a_shard_removes_it(packed):
+    one = clips_of(packed, lanes=1, steps_per_shard=1)
+    other = pickle.loads(pickle.dumps(one))  # as a worker gets it
+    assert_same_batch(one[0], other[0])
+    first = unpacked_by(one)
+    assert len(first) == 1
+    one[1]
+    assert first < unpacked_by(one)  # the other one may read on
+    other[1]
+    assert len(unpacked_by(one)) == 1
+    assert not first & unpacked_by(one)
+
+
+def test_a_training_draws_its_clips_from_the_shards_and_not_from_the_pairs(
+    pairs, packed, tiny_prior, tmp_path, monkeypatch
+):
+    seen, real = [], train_ldm.LdmLosses.forward
+
+    def watching(self, batch, *arguments):
+        seen.append(batch)
+        return real(self, batch, *arguments)
+
+    monkeypatch.setattr(train_ldm.LdmLosses, "forward", watching)
     train_ldm.run(ldm(pairs, tiny_prior, tmp_path, shards=str(packed), batches_per_step=2))
-    assert [line["step"] for line in log(tmp_path)] == [1, 2]
+    assert len(seen) == 4  # two lanes of two steps
+    for number, batch in enumerate(seen):
+        assert_same_batch(batch, clips_of(packed)[number])
+
+
+def test_beside_shards_the_pairs_may_be_of_validation_scenes_alone(pairs, packed, tiny_prior, tmp_path):
+    config = ldm(pairs, tiny_prior, tmp_path, shards=str(packed))
+    config = dataclasses.replace(config, validation_scenes=("beer", "coke"), validation_clips=2)
+    assert len(fixed_clips(config, 3, 8)) == 2
+    with pytest.raises(ValueError, match="leave at least one to train on"):
+        fixed_clips(dataclasses.replace(config, scale=ScaleConfig()), 3, 8)
 
 
 def test_patterns_with_braces_stand_for_many_shards():
