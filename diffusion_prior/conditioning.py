@@ -127,13 +127,18 @@ def embed_frames(
     image_encoder: CLIPVisionModelWithProjection, rgb: Float[Tensor, "*b 3 h w"]
 ) -> Float[Tensor, "*b 1 d"]:
     """CLIP image embedding of every frame in [0, 1]; differentiable."""
-    side: int = image_encoder.config.image_size  # pyright: ignore[reportAssignmentType]  # one number in CLIP
+    side = encoder_side(image_encoder)
     pixels = rgb.reshape(-1, *rgb.shape[-3:])
     pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     mean = torch.tensor(CLIP_MEAN, dtype=pixels.dtype, device=pixels.device)[:, None, None]
     std = torch.tensor(CLIP_STD, dtype=pixels.dtype, device=pixels.device)[:, None, None]
     embeds = image_encoder(pixel_values=((pixels - mean) / std).to(image_encoder.dtype)).image_embeds
     return embeds.reshape(*rgb.shape[:-3], 1, -1).to(rgb.dtype)
+
+
+def encoder_side(image_encoder: CLIPVisionModelWithProjection) -> int:
+    """Height and width in pixels of what the image encoder takes: whole frames are squeezed into this square."""
+    return image_encoder.config.image_size  # pyright: ignore[reportReturnType]  # one number in CLIP
 
 
 def latent_extras(

@@ -23,7 +23,7 @@ from diffusion_prior.training.loop import Losses, Task, Validation, make_acceler
 from diffusion_prior.training.objectives import denoising_loss, draw_dropped_clips, drop_middle_frames
 from diffusion_prior.training.setup import (
     clip_to,
-    cut_to_latents,
+    fit_to_prior,
     fixed_clips,
     log_to_console,
     starting_prior,
@@ -163,7 +163,7 @@ def run(config: LdmConfig) -> None:
     prior = starting_prior(config, accelerator.device)
     if config.sampling_steps is not None:
         prior.config = replace(prior.config, num_inference_steps=config.sampling_steps)
-    config = cut_to_latents(config, prior)
+    config = fit_to_prior(config, prior)
     task = LdmTask(config, prior)
     train(task, config, accelerator)
     write_prior(task.finish(), config, accelerator)
