@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusion_prior.axes import flip_camera_axes
+from diffusion_prior.conditioning import fov_of_columns
 from diffusion_prior.data.pairs import RunHeader, find_runs, read_header, read_rows
 from diffusion_prior.types import WARP_CHANNELS
 
@@ -279,7 +280,7 @@ def crop_size(header: RunHeader, config: ClipConfig) -> tuple[int, int]:
 def cut(clip: ClipBatch, size: tuple[int, int], top: int, left: int) -> ClipBatch:
     """The rectangle of a size at an offset, the same in every frame, and its field of view; thumbnails stay whole."""
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
-    fov = 2 * torch.atan(torch.tan(clip.fov_x_rad / 2) * size[1] / clip.rgb.shape[-1])
+    fov = fov_of_columns(clip.fov_x_rad, size[1], clip.rgb.shape[-1])
     return replace(_changed(clip, PICTURES, lambda frames: frames[..., rows, columns]), fov_x_rad=fov)
 
 
