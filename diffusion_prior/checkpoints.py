@@ -28,6 +28,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 from diffusion_prior.conditioning import CLIP_MEAN, CLIP_STD
 from diffusion_prior.prior import PriorConfig, VideoPrior, fast_dtype
+from diffusion_prior.published import LAYOUT_A_FRAMES, LAYOUT_A_SIZE, LAYOUT_B_SIZE, SVD_REPOSITORY
 from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.unet import SpatioTemporalUNet
 
@@ -39,15 +40,8 @@ DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 POSE_TENSOR = "pose_embedding.linear_1.weight"
 """Only the pose-conditioned layout (A) of the UNet has it."""
-SVD_REPOSITORY = "stabilityai/stable-video-diffusion-img2vid-xt"
-"""Where the other parts of a UNet come from that is given alone."""
 BASE_SEPARATOR = "@"
 """Between the folder of a UNet and the prior that its other parts come from."""
-LAYOUT_A_FRAMES = 26
-"""Frames of a clip of the authors' pose-conditioned weights; their config.json repeats SVD's 25."""
-LAYOUT_A_SIZE = (512, 960)
-LAYOUT_B_SIZE = (512, 512)
-"""Height and width in pixels that the paper's layouts were trained on."""
 SVD_HEADS = (5, 10, 20, 20)
 SVD_HEADS_BEFORE_0_27 = (5, 10, 10, 20)
 """Attention heads that diffusers gives a UNet whose config.json names none, by the release that wrote the file."""

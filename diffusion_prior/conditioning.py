@@ -31,6 +31,8 @@ SEEN_ALPHA = 0.05
 
 MIN_POSE_BASELINE = 1e-2
 """Floor of the length that the pose-conditioned layout divides translations by, in the units of the poses."""
+LENS_CONDITIONS = 3
+"""How many of the 22 numbers of the pose-conditioned layout tell the field of view; the last ones."""
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -138,13 +140,18 @@ def embed_frames(
     image_encoder: CLIPVisionModelWithProjection, rgb: Float[Tensor, "*b 3 h w"]
 ) -> Float[Tensor, "*b 1 d"]:
     """CLIP image embedding of every frame in [0, 1]; differentiable."""
-    side: int = image_encoder.config.image_size  # pyright: ignore[reportAssignmentType]  # one number in CLIP
+    side = encoder_side(image_encoder)
     pixels = rgb.reshape(-1, *rgb.shape[-3:])
     pixels = F.interpolate(pixels, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
     mean = torch.tensor(CLIP_MEAN, dtype=pixels.dtype, device=pixels.device)[:, None, None]
     std = torch.tensor(CLIP_STD, dtype=pixels.dtype, device=pixels.device)[:, None, None]
     embeds = image_encoder(pixel_values=((pixels - mean) / std).to(image_encoder.dtype)).image_embeds
     return embeds.reshape(*rgb.shape[:-3], 1, -1).to(rgb.dtype)
+
+
+def encoder_side(image_encoder: CLIPVisionModelWithProjection) -> int:
+    """Height and width in pixels of what the image encoder takes: whole frames are squeezed into this square."""
+    return image_encoder.config.image_size  # pyright: ignore[reportReturnType]  # one number in CLIP
 
 
 def latent_extras(
@@ -209,6 +216,34 @@ def pose_conditions(
     matrices = torch.cat([camera_to_world, bottom], dim=1)
     relative = torch.linalg.inv(matrices) @ matrices[0]
     relative[:, :3, 3] /= relative[:, :3, 3].norm(dim=-1).max().clamp(min=MIN_POSE_BASELINE)
-    fov = torch.tensor(fov_x_rad).to(camera_to_world)
-    lens = torch.stack([fov, fov.sin(), fov.cos()])
+    lens = _lens(torch.tensor(fov_x_rad).to(camera_to_world))
     return torch.cat([micro.expand(frames, 3), rearrange(relative, "t i j -> t (i j)"), lens.expand(frames, 3)], dim=-1)
+
+
+def narrow_pose_conditions(told: Float[Tensor, "*b 22"], part: int, whole: int) -> Float[Tensor, "*b 22"]:
+    """`pose_conditions` of some columns of the pictures: their field of view, and everything else as it is.
+
+    Args:
+        told: of the whole pictures.
+        part: how many columns, wherever they lie.
+        whole: how many columns the pictures have, in the same unit.
+    """
+    rest, fov = told[..., :-LENS_CONDITIONS], told[..., -LENS_CONDITIONS]
+    return torch.cat([rest, _lens(fov_of_columns(fov, part, whole))], dim=-1)
+
+
+def fov_of_columns(fov_x_rad: Float[Tensor, "*b"], part: int, whole: int) -> Float[Tensor, "*b"]:
+    """Horizontal field of view, in radians, that pictures with another number of columns at the same focal length have.
+
+    2 atan(tan(fov / 2) part / whole): where the columns lie in the picture is not in it.
+
+    Args:
+        fov_x_rad: of pictures with `whole` columns.
+        part: number of columns asked for; more than `whole` where a picture is padded.
+        whole: number of columns, in the same unit.
+    """
+    return 2 * torch.atan(torch.tan(fov_x_rad / 2) * part / whole)
+
+
+def _lens(fov_x_rad: Float[Tensor, "*b"]) -> Float[Tensor, "*b 3"]:
+    return torch.stack([fov_x_rad, fov_x_rad.sin(), fov_x_rad.cos()], dim=-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from diffusion_prior.conditioning import fov_of_columns
 from diffusion_prior.sampling_config import Fit
 from diffusion_prior.types import ConditionClip
 
@@ -61,7 +61,7 @@ def fit_clip(clip: ConditionClip, fit: Fit, frame_size: tuple[int, int] | None) 
     }
     fov = clip.fov_x_rad
     if fov is not None and padded[1] != scaled[1]:
-        fov = 2 * math.atan(math.tan(fov / 2) * padded[1] / scaled[1])
+        fov = float(fov_of_columns(torch.tensor(fov, dtype=torch.float64), padded[1], scaled[1]))
     return FittedClip(replace(clip, **pictures, fov_x_rad=fov), height, width, *scaled, top, left)
 
 

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLTemporalDecoder
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusion_prior.prior import PriorConfig, VideoPrior
+from diffusion_prior.published import LAYOUT_A_FRAMES
 from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.unet import SpatioTemporalUNet
 
@@ -45,5 +46,5 @@ def full_size_prior(
         std = SpatialTemporalDecoder.from_vae(vae)
     config = PriorConfig()
     if layout == "A":
-        config = dataclasses.replace(config, num_frames=26)
+        config = dataclasses.replace(config, num_frames=LAYOUT_A_FRAMES)
     return VideoPrior(vae, unet, image_encoder, std, config).to(device, dtype)

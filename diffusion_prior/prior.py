@@ -31,6 +31,7 @@ from diffusion_prior.fitting import fit_clip
 from diffusion_prior.memory import PRESETS, MemoryPreset, explain_exhaustion, set_slicing
 from diffusion_prior.misread_poses import misread_poses
 from diffusion_prior.noise import expand_to, exponential_sigmas, karras_sigmas, precondition
+from diffusion_prior.published import LAYOUT_B_FRAMES
 from diffusion_prior.sampler import SAMPLERS, frame_guidance, guide
 from diffusion_prior.sampling_config import Fit, SamplingConfig
 from diffusion_prior.std import SpatialTemporalDecoder
@@ -47,7 +48,7 @@ class PriorConfig:
     """Side of the pixel blocks that the VAE and the STD take as channels; 2 makes both four times cheaper."""
     extra_condition_channels: int = 0
     """2: the UNet also sees opacity and disparity at latent size. 0: it does not."""
-    num_frames: int = 25
+    num_frames: int = LAYOUT_B_FRAMES
     """Longest clip that is enhanced in one window, references included; longer ones go in overlapping windows."""
     window_overlap: int = 6
     """Frames that two neighbouring windows of a long clip share."""

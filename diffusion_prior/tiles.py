@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from diffusion_prior.conditioning import LatentCondition
+from diffusion_prior.conditioning import LatentCondition, narrow_pose_conditions
 
 TILE_OVERLAP = 1 / 4
 """Share of a tile's side that it has in common with its neighbour, at least."""
@@ -75,9 +75,18 @@ def blend_tiles(run: Callable[[Tile], Tensor], tiles: list[Tile], factor: int = 
 
 
 def crop_condition(condition: LatentCondition, tile: Tile) -> LatentCondition:
-    """What the UNet is told about one tile: everything that has a place in the picture is cut, the rest stays."""
+    """What the UNet is told about one tile: everything that has a place in the picture is cut, the rest stays.
+
+    Layout A's field of view is narrowed to the tile's columns, as that of crops is in training (`data.clips.cut`).
+
+    Args:
+        condition: of the whole picture; columns that pad it to whole latents count as its own.
+        tile: in latents.
+    """
     size = condition.latents.shape[-2:]
     cut = {}
+    if condition.micro.ndim == 3 and tile.width < size[1]:
+        cut["micro"] = narrow_pose_conditions(condition.micro, tile.width, size[1])
     for entry in fields(condition):
         value = getattr(condition, entry.name)
         if isinstance(value, Tensor) and value.ndim == 5 and value.shape[-2:] == size:

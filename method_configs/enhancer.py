@@ -1,4 +1,6 @@
-"""`ns-train 3dgs-enhancer`: the values that fit the device at hand."""
+"""`ns-train 3dgs-enhancer` and its full-size sibling `3dgs-enhancer-svd`: the values that fit the device at hand."""
+
+from typing import Any
 
 import torch
 from nerfstudio.configs.base_config import LoggingConfig, MachineConfig, ViewerConfig
@@ -8,9 +10,33 @@ from nerfstudio.plugins.types import MethodSpecification
 
 ON_GPU = torch.cuda.is_available()
 STEPS = 30000 if ON_GPU else 3000
+SVD_PATHS = 12
+"""Paths of a round at full size: a ring through the paper's largest number of references."""
 
 
-def _specification() -> MethodSpecification:
+def _full_size() -> MethodSpecification:
+    """Stable Video Diffusion as prior: with its two references every path is one clip of its own length."""
+    from diffusion_prior.published import LAYOUT_B_FRAMES, SVD_REPOSITORY
+    from nerfstudio_enhancer.trajectory import TrajectoryConfig
+
+    between = LAYOUT_B_FRAMES - 2
+    return _specification(
+        "3dgs-enhancer-svd",
+        "3DGS-Enhancer with a prior of the paper's size, Stable Video Diffusion or one trained from it (CUDA).",
+        prior=SVD_REPOSITORY,
+        trajectory=TrajectoryConfig(min_frames=between, max_frames=between, max_total_frames=SVD_PATHS * between),
+    )
+
+
+def _compact() -> MethodSpecification:
+    return _specification(
+        "3dgs-enhancer",
+        "3DGS-Enhancer: Gaussian splats from few photographs, repaired by a video diffusion prior (CPU or CUDA).",
+    )
+
+
+def _specification(method_name: str, description: str, **enhance: Any) -> MethodSpecification:
+    """A method by its name; `enhance` are the settings of its rounds that differ from the defaults."""
     from nerfstudio_enhancer.datamanager import EnhancerDataManagerConfig
     from nerfstudio_enhancer.enhance_step import EnhanceConfig
     from nerfstudio_enhancer.model import EnhancerModelConfig
@@ -19,7 +45,7 @@ def _specification() -> MethodSpecification:
     from nerfstudio_enhancer.trainer import EnhancerTrainerConfig
 
     if ON_GPU:
-        model = EnhancerModelConfig(enhance=EnhanceConfig(start=10000, every=5000, rounds=2))
+        model = EnhancerModelConfig(enhance=EnhanceConfig(start=10000, every=5000, rounds=2, **enhance))
     else:
         model = EnhancerModelConfig(
             warmup_length=200,
@@ -29,11 +55,11 @@ def _specification() -> MethodSpecification:
             stop_split_at=1500,
             stop_screen_size_at=1500,
             densify_grad_thresh=0.0012,
-            enhance=EnhanceConfig(start=2000, every=500, rounds=1),
+            enhance=EnhanceConfig(start=2000, every=500, rounds=1, **enhance),
         )
     return MethodSpecification(
         config=EnhancerTrainerConfig(
-            method_name="3dgs-enhancer",
+            method_name=method_name,
             steps_per_eval_image=STEPS,
             steps_per_eval_batch=0,
             steps_per_save=2000 if ON_GPU else 1000,
@@ -76,13 +102,13 @@ def _specification() -> MethodSpecification:
             viewer=ViewerConfig(num_rays_per_chunk=1 << 15),
             vis="viewer",
         ),
-        description="3DGS-Enhancer: Gaussian splats from few photographs, repaired by a video diffusion prior (CPU or CUDA).",
+        description=description,
     )
 
 
 try:
-    enhancer_method = _specification()
+    enhancer_method, enhancer_svd_method = _compact(), _full_size()
 except ImportError as error:
     # nerfstudio loads plug-ins outside any try: an error here would break ns-train for every method. It warns about an
     # object that is no specification, shows it, and goes on.
-    enhancer_method = f"3dgs-enhancer, which cannot be used: {error}"
+    enhancer_method = enhancer_svd_method = f"3dgs-enhancer, which cannot be used: {error}"

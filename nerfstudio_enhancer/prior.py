@@ -23,6 +23,17 @@ class LazyPrior:
         self.sampling = sampling or SamplingConfig()
         self._prior: VideoPrior | None = None
 
+    def find(self) -> None:
+        """Make sure that the prior is on this machine, without reading it: a hub repository is fetched into the hub's cache.
+
+        Raises:
+            ValueError: unknown name.
+            FileNotFoundError: a hub repository that cannot be fetched, with the ways out.
+        """
+        from diffusion_prior.checkpoints import resolve
+
+        resolve(self.name)
+
     def enhance(self, clip: ConditionClip, generator: torch.Generator) -> EnhancedClip:
         """Repair a clip; see `diffusion_prior.prior.VideoPrior.enhance`.
 

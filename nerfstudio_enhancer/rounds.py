@@ -58,6 +58,8 @@ class Rounds:
         self._show_depth()
         if self.active:
             self._take_up_rounds()
+        if self.config.feed == "enhanced" and not self.done.issuperset(self.scheduled):
+            self._prior().find()  # before thousands of steps, not after them
 
     @property
     def active(self) -> bool:
@@ -80,9 +82,7 @@ class Rounds:
         """Run one round. A checkpoint is written first: whatever stops the round, nothing trained so far is lost."""
         self.trainer.save_checkpoint(step - 1)
         oracle = self._oracle() if self.config.feed == "photographs" else None
-        prior = None
-        if self.config.feed == "enhanced":
-            prior = LazyPrior(self.config.prior, self.model.device, self.config.sampling)
+        prior = self._prior() if self.config.feed == "enhanced" else None
         CONSOLE.log(f"Enhancement round before step {step} (feed: {self.config.feed})")
         with _progress() as progress:
             task = progress.add_task("Enhancing frames", total=None)
@@ -97,6 +97,9 @@ class Rounds:
             )
         self._keep(step, clips)
         self.done.add(step)
+
+    def _prior(self) -> LazyPrior:
+        return LazyPrior(self.config.prior, self.model.device, self.config.sampling)
 
     def _keep(self, step: int, clips: list[RoundClip]) -> None:
         self.store.add(step, [clip.views for clip in clips])

@@ -14,12 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from diffusion_prior.axes import flip_camera_axes
+from diffusion_prior.conditioning import fov_of_columns
 from diffusion_prior.data.pairs import RunHeader, find_runs, read_header, read_rows
 from diffusion_prior.types import WARP_CHANNELS
 
 OPAQUE = 255
-THUMBNAIL_PX = 64
-"""Side of the whole frames that go along with a crop, for the image encoder."""
 PICTURES = ("rgb", "alpha", "disparity", "warped", "target")
 VALIDATION_SHARE = 12
 """One scene in this many is held out where no validation scenes are named."""
@@ -79,10 +78,15 @@ class ClipConfig:
     """Play half of the clips backwards."""
     good_render_probability: float = 0.15
     """Share of clips in which patches of the renders are drawn towards the photographs: such patches are to be left alone."""
+    thumbnail_px: int = 64
+    """Side of the whole frames that go along with a crop, for the image encoder. The trainings set it to the size that the
+    encoder of their prior takes (64 bundled, 224 for Stable Video Diffusion), as it sees whole frames afterwards."""
 
     def __post_init__(self) -> None:
         if self.num_frames < 3:
             raise ValueError(f"num_frames must be at least 3 (two references and a render), got {self.num_frames}.")
+        if self.thumbnail_px < 1:
+            raise ValueError(f"thumbnail_px must be at least 1, got {self.thumbnail_px}.")
 
 
 class ClipDataset(Dataset[ClipBatch]):
@@ -122,10 +126,13 @@ class ClipDataset(Dataset[ClipBatch]):
         size = self._sizes[_draw(torch.tensor([self._weights[size].sum() for size in self._sizes]), generator)]
         gaps, weights = self._by_size[size], self._weights[size]
         clips = [
-            augment(read_clip(gap, pick_frames(gap, self.config.num_frames, generator)), size, self.config, generator)
+            augment(self._read(gap, generator), size, self.config, generator)
             for gap in (gaps[_draw(weights, generator)] for _ in range(self.config.batch_size))
         ]
         return collate(clips)
+
+    def _read(self, gap: Gap, generator: torch.Generator) -> ClipBatch:
+        return read_clip(gap, pick_frames(gap, self.config.num_frames, generator), self.config.thumbnail_px)
 
 
 def find_gaps(root: Path, scenes: Iterable[str] | None = None) -> list[Gap]:
@@ -191,8 +198,8 @@ def spread_frames(gap: Gap, num_frames: int) -> list[int]:
     return [gap.frames[i] for i in position.long().tolist()]
 
 
-def read_clip(gap: Gap, frames: Sequence[int]) -> ClipBatch:
-    """A batch of one whole clip: the reference before, the frames of these rows, the reference after."""
+def read_clip(gap: Gap, frames: Sequence[int], thumbnail_px: int) -> ClipBatch:
+    """A batch of one whole clip: the reference before, the frames of these rows, the reference after; and its thumbnails."""
     wanted: dict[str, Sequence[int]] = {name: frames for name in PICTURES if name != "rgb"} | {"render": frames}
     wanted |= {name: [gap.before, gap.after] for name in ("references", "reference_disparity")}
     rows = read_rows(gap.header.folder, wanted)
@@ -208,7 +215,7 @@ def read_clip(gap: Gap, frames: Sequence[int]) -> ClipBatch:
             [_warped_onto_itself(first, rows["warped"]), rows["warped"], _warped_onto_itself(last, rows["warped"])]
         ),
         torch.cat([first, rows["target"], last]),
-        thumbnails(rgb),
+        thumbnails(rgb, thumbnail_px),
     )
     camera_to_world, fov_x_rad = read_cameras(gap, frames)
     return ClipBatch(
@@ -236,20 +243,23 @@ def _warped_onto_itself(reference: UInt8[Tensor, "1 3 h w"], like: UInt8[Tensor,
     return warped
 
 
-def thumbnails(rgb: UInt8[Tensor, "*b 3 h w"]) -> UInt8[Tensor, "*b 3 s s"]:
-    """Whole frames squeezed into squares of 64 pixels, as the image encoder would do itself."""
+def thumbnails(rgb: UInt8[Tensor, "*b 3 h w"], side: int) -> UInt8[Tensor, "*b 3 s s"]:
+    """Whole frames squeezed into squares of a side in pixels, as `conditioning.embed_frames` does with floats."""
     flat = rgb.reshape(-1, *rgb.shape[-3:])
-    size = (THUMBNAIL_PX, THUMBNAIL_PX)
+    size = (side, side)
     return F.interpolate(flat, size, mode="bilinear", antialias=True, align_corners=False).reshape(
         *rgb.shape[:-2], *size
     )
 
 
-def validation_clips(gaps: Sequence[Gap], count: int, num_frames: int, size_multiple: int) -> list[ClipBatch]:
+def validation_clips(
+    gaps: Sequence[Gap], count: int, num_frames: int, size_multiple: int, thumbnail_px: int
+) -> list[ClipBatch]:
     """Fixed whole clips, evenly spread over the gaps, cut to a multiple of a size."""
     chosen = [gaps[i * len(gaps) // count] for i in range(min(count, len(gaps)))]
     whole = ClipConfig(num_frames=num_frames, crop_px=None, size_multiple=size_multiple)
-    return [cut(read_clip(gap, spread_frames(gap, num_frames)), crop_size(gap.header, whole), 0, 0) for gap in chosen]
+    clips = [read_clip(gap, spread_frames(gap, num_frames), thumbnail_px) for gap in chosen]
+    return [cut(clip, crop_size(gap.header, whole), 0, 0) for clip, gap in zip(clips, chosen)]
 
 
 def crop_size(header: RunHeader, config: ClipConfig) -> tuple[int, int]:
@@ -273,7 +283,7 @@ def crop_size(header: RunHeader, config: ClipConfig) -> tuple[int, int]:
 def cut(clip: ClipBatch, size: tuple[int, int], top: int, left: int) -> ClipBatch:
     """The rectangle of a size at an offset, the same in every frame, and its field of view; thumbnails stay whole."""
     rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
-    fov = 2 * torch.atan(torch.tan(clip.fov_x_rad / 2) * size[1] / clip.rgb.shape[-1])
+    fov = fov_of_columns(clip.fov_x_rad, size[1], clip.rgb.shape[-1])
     return replace(_changed(clip, PICTURES, lambda frames: frames[..., rows, columns]), fov_x_rad=fov)
 
 
@@ -320,7 +330,7 @@ def with_good_patches(clip: ClipBatch, generator: torch.Generator) -> ClipBatch:
     share = rearrange(share, "(b t) c h w -> b t c h w", b=batch)
     rgb = (clip.rgb + share * (clip.target.float() - clip.rgb.float())).round().to(torch.uint8)
     alpha = torch.maximum(clip.alpha.float(), share * OPAQUE).round().to(torch.uint8)
-    return replace(clip, rgb=rgb, alpha=alpha, thumbnail=thumbnails(rgb))
+    return replace(clip, rgb=rgb, alpha=alpha, thumbnail=thumbnails(rgb, clip.thumbnail.shape[-1]))
 
 
 def collate(clips: Sequence[ClipBatch]) -> ClipBatch:

@@ -15,6 +15,9 @@ from diffusion_prior.conditioning import LatentCondition, to_unit
 from diffusion_prior.noise import expand_to, loss_weight
 from diffusion_prior.perceptual import lpips_alex
 
+LossKind = Literal["l1", "l2", "authors"]
+"""How denoised latents are compared, see `denoising_loss`."""
+
 
 def learning_rate_factor(step: int, progress: float, warmup_steps: int) -> float:
     """Linear warm-up times half a cosine from 1 to 0.
@@ -48,7 +51,7 @@ def denoising_loss(
     denoised: Float[Tensor, "b f c h w"],
     clean: Float[Tensor, "b f c h w"],
     sigma: Float[Tensor, " b"],
-    kind: Literal["l1", "l2"],
+    kind: LossKind,
 ) -> Float[Tensor, ""]:
     """Weighted error of the denoised latents (EDM section 5, sigma_data = 1).
 
@@ -56,12 +59,15 @@ def denoising_loss(
         denoised: D(x; sigma).
         clean: the scaled latents that noise was added to.
         sigma: noise level of every clip.
-        kind: l2 weighs squared errors by (1 + sigma^2) / sigma^2, so that every noise level counts alike; l1 weighs
-            absolute errors by the root of that.
+        kind: l2 weighs squared errors by w = (1 + sigma^2) / sigma^2, so that every noise level counts alike. l1 weighs
+            absolute errors by the root of w, to the same end. authors: absolute errors by w itself, as the authors' code of
+            3DGS-Enhancer does; the network's own error then counts sqrt(w) times, at low noise most.
     """
     weight = expand_to(loss_weight(sigma), clean)
     error = denoised - clean
-    return (weight * error.square()).mean() if kind == "l2" else (weight.sqrt() * error.abs()).mean()
+    if kind == "l2":
+        return (weight * error.square()).mean()
+    return ((weight if kind == "authors" else weight.sqrt()) * error.abs()).mean()
 
 
 def draw_dropped_clips(count: int, probability: float, generator: torch.Generator) -> Bool[Tensor, " b"]:

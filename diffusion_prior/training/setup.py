@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from diffusion_prior.checkpoints import load_prior, save_prior
+from diffusion_prior.conditioning import encoder_side
 from diffusion_prior.data.clips import ClipBatch, Gap, find_gaps, split_scenes, validation_clips
 from diffusion_prior.prior import VideoPrior, build_compact_prior
 from diffusion_prior.training.config import TrainingConfig
@@ -37,14 +38,15 @@ def fixed_clips(config: TrainingConfig, num_frames: int, size_multiple: int) -> 
     """The whole clips of the scenes that validate."""
     sharded = config.scale.shards is not None
     gaps = find_gaps(config.pairs, split_scenes(config.pairs, config.validation_scenes, train_elsewhere=sharded)[1])
-    return validation_clips(gaps, config.validation_clips, num_frames, size_multiple)
+    return validation_clips(gaps, config.validation_clips, num_frames, size_multiple, config.clips.thumbnail_px)
 
 
-def cut_to_latents(config: AnyConfig, prior: VideoPrior) -> AnyConfig:
-    """The settings with crops that the prior's latents divide, whatever size they were asked for."""
+def fit_to_prior(config: AnyConfig, prior: VideoPrior) -> AnyConfig:
+    """The settings with crops that the prior's latents divide and thumbnails of its image encoder's size, whatever was asked."""
     factor = prior.latent_factor
     multiple = -(-config.clips.size_multiple // factor) * factor
-    return replace(config, clips=replace(config.clips, size_multiple=multiple))
+    clips = replace(config.clips, size_multiple=multiple, thumbnail_px=encoder_side(prior.image_encoder))
+    return replace(config, clips=clips)
 
 
 def clip_to(clip: ClipBatch, device: torch.device) -> ClipBatch:

@@ -7,7 +7,6 @@ phase trains at that level alone, which is quick; lognormal levels follow, with 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 import tyro
@@ -20,10 +19,10 @@ from diffusion_prior.noise import add_noise, lognormal_sigmas
 from diffusion_prior.prior import VideoPrior, denoise
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
-from diffusion_prior.training.objectives import denoising_loss, draw_dropped_clips, drop_middle_frames
+from diffusion_prior.training.objectives import LossKind, denoising_loss, draw_dropped_clips, drop_middle_frames
 from diffusion_prior.training.setup import (
     clip_to,
-    cut_to_latents,
+    fit_to_prior,
     fixed_clips,
     log_to_console,
     starting_prior,
@@ -44,8 +43,9 @@ class LdmConfig(TrainingConfig):
     """Highest learning rate, reached after the warm-up and then lowered to zero along a cosine."""
     clips: ClipConfig = field(default_factory=lambda: ClipConfig(num_frames=5, batch_size=3, crop_px=192))
     """Which clips are drawn, and how they are varied."""
-    loss: Literal["l1", "l2"] = "l2"
-    """Weighted squared error (its best answer is the mean), or the weighted absolute error of the authors' code."""
+    loss: LossKind = "l2"
+    """l2: squared error (its best answer is the mean), every noise level alike. l1: absolute error, every noise level alike.
+    authors: absolute error as their code weighs it, low noise levels most."""
     regression_share: float = 0.5
     """Share of the training that stays at the highest noise level: direct regression."""
     highest_noise_share: float = 0.25
@@ -168,7 +168,7 @@ def run(config: LdmConfig) -> None:
     prior = starting_prior(config, accelerator.device)
     if config.sampling_steps is not None:
         prior.config = replace(prior.config, num_inference_steps=config.sampling_steps)
-    config = cut_to_latents(config, prior)
+    config = fit_to_prior(config, prior)
     task = LdmTask(config, prior)
     train(task, config, accelerator)
     write_prior(task.finish(), config, accelerator)

@@ -28,7 +28,7 @@ from diffusion_prior.training.objectives import discriminator_hinge, generator_h
 from diffusion_prior.training.setup import (
     clip_to,
     clips_where,
-    cut_to_latents,
+    fit_to_prior,
     fixed_clips,
     log_to_console,
     starting_prior,
@@ -217,7 +217,7 @@ def run(config: StdConfig) -> None:
     """Train the spatial-temporal decoder and write the prior."""
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
-    config = cut_to_latents(config, prior)
+    config = fit_to_prior(config, prior)
     prior.set_std(widened(prior.std, config.warped_references, config.context_widths))
     start_from_the_render(prior)
     task = StdTask(config, prior)

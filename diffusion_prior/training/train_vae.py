@@ -20,7 +20,7 @@ from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
 from diffusion_prior.training.objectives import kl_to_unit_normal, perceptual_distance
 from diffusion_prior.training.setup import (
-    cut_to_latents,
+    fit_to_prior,
     fixed_clips,
     log_to_console,
     starting_prior,
@@ -132,7 +132,7 @@ def run(config: VaeConfig) -> None:
     """Train the VAE and write the prior."""
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
-    config = cut_to_latents(config, prior)
+    config = fit_to_prior(config, prior)
     task = VaeTask(config, prior)
     train(task, config, accelerator)
     write_prior(task.finish(), config, accelerator)

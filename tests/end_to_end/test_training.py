@@ -199,10 +199,26 @@ def test_a_disk_that_fills_up_during_training_leaves_the_older_checkpoint(config
     assert checkpoints(config.get_base_dir()) == ["step-000000003.ckpt"]
 
 
-def test_an_unknown_prior_is_named_and_the_splats_so_far_are_kept(config: TrainerConfig, tmp_path: Path) -> None:
+def test_an_unknown_prior_is_named_before_anything_is_trained(config: TrainerConfig, tmp_path: Path) -> None:
     config.pipeline.model.enhance.prior = str(tmp_path / "nowhere")
-    with pytest.raises((ValueError, FileNotFoundError), match="nowhere"):
+    with pytest.raises(ValueError, match=r"unknown prior .*nowhere"):
         train(config)
+    assert checkpoints(config.get_base_dir()) == []
+
+
+def test_a_prior_that_the_hub_does_not_give_is_named_before_anything_is_trained(
+    config: TrainerConfig, monkeypatch
+) -> None:
+    def no_network(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    config.pipeline.model.enhance.prior = all_methods["3dgs-enhancer-svd"].pipeline.model.enhance.prior
+    with pytest.raises(
+        FileNotFoundError, match=r"'stabilityai/stable-video-diffusion-img2vid-xt' .*no route to host.*give its folder"
+    ):
+        train(config)
+    assert checkpoints(config.get_base_dir()) == []
 
 
 def test_one_reference_view_cannot_be_enhanced(config: TrainerConfig) -> None:

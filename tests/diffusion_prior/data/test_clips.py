@@ -77,7 +77,7 @@ def test_gaps_group_frames_by_their_neighbouring_references(tmp_path):
 
 def test_a_clip_begins_and_ends_with_the_reference_photographs(tmp_path):
     gap = gaps_of(read_header(write_scene(tmp_path, "beer", [0, 0, 1, 1])))[1]
-    clip = read_clip(gap, [2, 3])
+    clip = read_clip(gap, [2, 3], 64)
     assert clip.rgb[0, :, 0, 0, 0].tolist() == [201, 12, 13, 202]
     assert torch.equal(clip.rgb[:, [0, -1]], clip.target[:, [0, -1]])
     assert clip.alpha[0, :, 0, 0, 0].tolist() == [255, 102, 103, 255]
@@ -144,7 +144,7 @@ def ramp_clip() -> ClipBatch:
     rgb = (torch.arange(2 * 4 * 3 * 16 * 16) % 241).to(torch.uint8).reshape(2, 4, 3, 16, 16)
     alpha, disparity, warped = rgb[:, :, :1].contiguous(), rgb[:, :, 1:2].contiguous(), rgb[:, :, [0, 1, 2, 0]]
     poses, fov = turning_poses(2, 4), torch.full((2,), 1.0)
-    return ClipBatch(rgb, alpha, disparity, warped, rgb.clone(), thumbnails(rgb), poses, fov)
+    return ClipBatch(rgb, alpha, disparity, warped, rgb.clone(), thumbnails(rgb, 64), poses, fov)
 
 
 def turning_poses(batch: int, frames: int) -> torch.Tensor:
@@ -243,7 +243,7 @@ def test_poses_are_read_in_opencv_axes_from_reference_to_reference(tmp_path):
         run, camera_to_world=cameras[:4], reference_camera_to_world=cameras[4:], intrinsics=intrinsics
     )
     write_run(folder, posed)
-    clip = read_clip(gaps_of(read_header(folder))[1], [2, 3])
+    clip = read_clip(gaps_of(read_header(folder))[1], [2, 3], 64)
     assert clip.camera_to_world[0, :, 0, 3].tolist() == [5, 2, 3, 6]
     # OpenCV: y down, z forward
     assert torch.equal(clip.camera_to_world[..., :3], torch.diag(torch.tensor([1.0, -1.0, -1.0])).expand(1, 4, 3, 3))
@@ -285,6 +285,15 @@ def test_thumbnails_show_the_whole_frame_though_the_crop_does_not():
     assert varied.thumbnail.shape == (2, 4, 3, 64, 64)
 
 
+@pytest.mark.parametrize("good_render_probability", [0.0, 1.0])
+def test_thumbnails_are_as_large_as_asked(tmp_path, good_render_probability):
+    write_scene(tmp_path, "beer", [0] * 4)
+    config = dataclasses.replace(PLAIN, thumbnail_px=20, good_render_probability=good_render_probability)
+    assert ClipDataset(find_gaps(tmp_path), config)[0].thumbnail.shape == (2, 4, 3, 20, 20)
+    with pytest.raises(ValueError, match="thumbnail_px must be at least 1, got 0"):
+        ClipConfig(thumbnail_px=0)
+
+
 def test_good_patches_lie_between_render_and_photograph_and_raise_alpha():
     shape = (1, 3, 3, 32, 32)
     clip = ClipBatch(
@@ -302,7 +311,7 @@ def test_good_patches_lie_between_render_and_photograph_and_raise_alpha():
     assert varied.rgb.min() == 0
     # share s gives rgb 200 s and alpha 255 s: alpha = 1.275 rgb, both rounded
     torch.testing.assert_close(varied.alpha.float(), varied.rgb[:, :, :1].float() * 1.275, atol=1.2, rtol=0)
-    assert torch.equal(varied.thumbnail, thumbnails(varied.rgb))
+    assert torch.equal(varied.thumbnail, thumbnails(varied.rgb, 64))
 
 
 def test_good_patches_leave_the_references_as_they_are():
@@ -313,8 +322,9 @@ def test_good_patches_leave_the_references_as_they_are():
 def test_validation_clips_are_fixed_and_whole(tmp_path):
     write_scene(tmp_path, "beer", [0] * 4 + [1] * 4 + [2] * 4)
     gaps = find_gaps(tmp_path)
-    first, again = (validation_clips(gaps, count=2, num_frames=4, size_multiple=8) for _ in range(2))
+    first, again = (validation_clips(gaps, 2, num_frames=4, size_multiple=8, thumbnail_px=48) for _ in range(2))
     assert [clip.rgb.shape for clip in first] == [(1, 4, 3, 24, 32)] * 2
+    assert [clip.thumbnail.shape for clip in first] == [(1, 4, 3, 48, 48)] * 2
     assert all(torch.equal(a.rgb, b.rgb) for a, b in zip(first, again, strict=True))
 
 

@@ -10,11 +10,14 @@ from diffusion_prior.prior import PriorConfig, build_compact_prior
 HEIGHT, WIDTH = 32, 40
 
 
-def write_smooth_scene(root: Path, scene: str, seed: int) -> None:
-    """Smooth photographs, and renders which are the same at 0.7 of the brightness."""
+def write_smooth_scene(
+    root: Path, scene: str, seed: int, size: tuple[int, int] = (HEIGHT, WIDTH), grain_px: int = 8
+) -> None:
+    """Photographs without details below a size, and renders which are the same at 0.7 of the brightness."""
+    height, width = size
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(6, 3, 4, 5, generator=generator)
-    photographs = torch.nn.functional.interpolate(coarse, (HEIGHT, WIDTH), mode="bilinear").mul(255).to(torch.uint8)
+    coarse = torch.rand(6, 3, height // grain_px, width // grain_px, generator=generator)
+    photographs = torch.nn.functional.interpolate(coarse, size, mode="bilinear").mul(255).to(torch.uint8)
     target, references = photographs[:4], photographs[4:]
     run = PairRun(
         scene=scene,
@@ -22,12 +25,12 @@ def write_smooth_scene(root: Path, scene: str, seed: int) -> None:
         seed=seed,
         steps=300,
         render=(target * 0.7).to(torch.uint8),
-        alpha=torch.full((4, 1, HEIGHT, WIDTH), 180, dtype=torch.uint8),
-        disparity=torch.full((4, 1, HEIGHT, WIDTH), 90, dtype=torch.uint8),
-        warped=torch.full((4, 8, HEIGHT, WIDTH), 120, dtype=torch.uint8),
+        alpha=torch.full((4, 1, height, width), 180, dtype=torch.uint8),
+        disparity=torch.full((4, 1, height, width), 90, dtype=torch.uint8),
+        warped=torch.full((4, 8, height, width), 120, dtype=torch.uint8),
         target=target,
         references=references,
-        reference_disparity=torch.full((2, 1, HEIGHT, WIDTH), 90, dtype=torch.uint8),
+        reference_disparity=torch.full((2, 1, height, width), 90, dtype=torch.uint8),
         before=torch.zeros(4, dtype=torch.int64),
         after=torch.ones(4, dtype=torch.int64),
         camera_to_world=torch.eye(4)[:3].repeat(4, 1, 1),
@@ -52,6 +55,14 @@ def other_pairs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("other-pairs")
     for seed, scene in enumerate(("ale", "juice", "water"), start=2):
         write_smooth_scene(root, scene, seed)
+    return root
+
+
+@pytest.fixture(scope="session")
+def fine_pairs(tmp_path_factory) -> Path:
+    """Paired data of one scene, larger than what image encoders take, with details of 4 pixels."""
+    root = tmp_path_factory.mktemp("fine-pairs")
+    write_smooth_scene(root, "fine", 0, size=(160, 200), grain_px=4)
     return root
 
 

@@ -54,6 +54,17 @@ def test_each_clip_has_the_weight_of_its_own_noise_level():
     assert float(denoising_loss(denoised, clean, torch.tensor([1.0, 2.0]), "l2")) == pytest.approx((2 + 1.25) / 2)
 
 
+def test_the_authors_weigh_absolute_errors_by_the_whole_weight_and_l1_by_its_root():
+    clean = torch.zeros(2, 1, 1, 1, 1)
+    denoised = torch.tensor([0.5, -0.2]).reshape(2, 1, 1, 1, 1)
+    sigma = torch.tensor([1.0, 0.5])
+    # (1 + 1) / 1 = 2 and (1 + 0.25) / 0.25 = 5: 2 * 0.5 = 1 and 5 * 0.2 = 1; squared, 2 * 0.25 = 0.5 and 5 * 0.04 = 0.2
+    assert float(denoising_loss(denoised, clean, sigma, "authors")) == pytest.approx(1.0)
+    assert float(denoising_loss(denoised, clean, sigma, "l2")) == pytest.approx(0.35)
+    roots = (math.sqrt(2) * 0.5 + math.sqrt(5) * 0.2) / 2
+    assert float(denoising_loss(denoised, clean, sigma, "l1")) == pytest.approx(roots)
+
+
 def test_dropout_takes_the_condition_of_middle_frames_only():
     condition = LatentCondition(
         latents=torch.ones(2, 4, 3, 2, 2),
