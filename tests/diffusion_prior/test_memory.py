@@ -7,6 +7,7 @@ from torch import nn
 
 from diffusion_prior import prior as prior_module
 from diffusion_prior.accounting import cost_of, weight_bytes
+from diffusion_prior.full_size import full_size_prior
 from diffusion_prior.memory import (
     CONTEXT_BYTES,
     GIB,
@@ -17,6 +18,7 @@ from diffusion_prior.memory import (
     estimate_memory,
     explain_exhaustion,
 )
+from diffusion_prior.published import LAYOUT_A_FRAMES, LAYOUT_A_SIZE
 
 
 def seeded():
@@ -194,3 +196,10 @@ def test_in_half_precision_a_vae_that_overflows_stays_in_single_precision():
 def test_presets_are_named_after_cards_and_only_give_up_more():
     assert list(PRESETS) == ["all", "80gb", "24gb", "16gb", "12gb", "8gb"]
     assert dataclasses.asdict(PRESETS["80gb"]) == dataclasses.asdict(MemoryPreset())
+
+
+@pytest.mark.parametrize("card", ["16gb", "12gb"])
+def test_the_papers_largest_clip_fits_the_card_that_a_preset_is_named_after(card):
+    estimate = estimate_memory(full_size_prior("A"), LAYOUT_A_FRAMES, *LAYOUT_A_SIZE, PRESETS[card])
+    size = int(card.removesuffix("gb"))
+    assert size / 2 < estimate.peak / GIB <= size  # it is not named after a card twice as large

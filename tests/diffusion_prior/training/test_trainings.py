@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from svd_folders import write_svd_folder
 
 from diffusion_prior.checkpoints import load_prior
@@ -298,3 +299,21 @@ def test_two_processes_train_together(pairs, tiny_prior, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in log(tmp_path) if "loss" in line] == [1, 2]
     assert (tmp_path / "prior" / "model_index.json").is_file()
+
+
+@pytest.fixture
+def another_precision():
+    """Lets the next training choose its arithmetic: accelerate keeps the first one of a process."""
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize(("task", "kind"), [(train_vae, VaeConfig), (train_ldm, LdmConfig), (train_std, StdConfig)])
+def test_bfloat16_trains_like_float32(task, kind, pairs, tiny_prior, tmp_path, another_precision):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        another_precision()
+        task.run(settings(kind, pairs, tiny_prior, tmp_path / precision, precision=precision, steps=2))
+        losses[precision] = [line["loss"] for line in log(tmp_path / precision) if "loss" in line]
+    assert losses["bf16"] != losses["fp32"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.1)
