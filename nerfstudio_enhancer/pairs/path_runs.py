@@ -17,16 +17,14 @@ from torch import Tensor
 
 from diffusion_prior.data.pairs import PairRun
 from diffusion_prior.files import whole_file
-from nerfstudio_enhancer.conventions import to_channels_first
 from nerfstudio_enhancer.datamanager import EnhancerDataManager
 from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, train_on_all
 from nerfstudio_enhancer.model import EnhancerModel
 from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
-from nerfstudio_enhancer.pairs.sparse_splats import LeftOutViews, intrinsics_at, stored, stored_disparity
+from nerfstudio_enhancer.pairs.sparse_splats import LeftOutViews, intrinsics_at, run_of, stored_colours
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rendering import RenderedClip, render_clip, trajectory_cameras
 from nerfstudio_enhancer.trajectory import TrajectoryConfig, plan_trajectories
-from nerfstudio_enhancer.warping import WarpSources, warp_references
 
 WHOLE_FOLDER = "whole_splats"
 """Folder of the splats trained on all photographs, below that of the pairs."""
@@ -152,53 +150,31 @@ class PathRuns:
         splats = {name: value.detach() for name, value in self.whole.model.gauss_params.items()}
         damaged = degrade(splats, centres.to(self.sparse.device), generator)
         model.gauss_params = torch.nn.ParameterDict({name: torch.nn.Parameter(v) for name, v in damaged.items()})
-        return self._run(lambda camera: render_clip(model, self._in_whole(camera)), steps, "degraded")
+        # Depth in the units of the cameras that references are warped by.
+        unit = self.world.scale / self.whole.world.scale
+
+        def show(camera: Cameras) -> RenderedClip:
+            clip = render_clip(model, self._in_whole(camera))
+            return dataclasses.replace(clip, depth=clip.depth * unit)
+
+        return self._run(show, steps, "degraded")
 
     def _run(self, show: Callable[[Cameras], RenderedClip], steps: int, kind: str) -> PairRun:
-        views, training = self.views, self.training
-        size = tuple(views.references.shape[-2:])
-        clips = [show(camera) for camera in self.cameras]
-        at_references = [show(views.reference_cameras[i : i + 1]) for i in range(training.num_views)]
-        # Depth is along the optical axis of either world; warping needs that of the cameras it is told.
-        scale = self.whole.world.scale / self.world.scale if kind == "degraded" else 1.0
-        sources = WarpSources(
-            views.reference_photographs, [clip.depth[0] / scale for clip in at_references], views.reference_cameras
-        )
-        warped = [
-            stored(warp_references(clip.depth / scale, clip.alpha, camera, sources), size)
-            for clip, camera in zip(clips, self.cameras)
-        ]
-        return PairRun(
-            scene=training.scene,
-            num_views=training.num_views,
-            seed=training.seed,
-            steps=steps,
-            render=torch.cat([stored(to_channels_first(clip.rgb), size) for clip in clips]),
-            alpha=torch.cat([stored(to_channels_first(clip.alpha), size) for clip in clips]),
-            disparity=torch.cat([stored_disparity(clip, size) for clip in clips]),
-            warped=torch.cat(warped),
-            target=self._targets(size),
-            references=views.references,
-            reference_disparity=torch.cat([stored_disparity(clip, size) for clip in at_references]),
-            before=self.before,
-            after=self.after,
-            camera_to_world=torch.cat([camera.camera_to_worlds for camera in self.cameras]).float().cpu(),
-            reference_camera_to_world=views.reference_cameras.camera_to_worlds.float().cpu(),
-            intrinsics=torch.stack([intrinsics_at(camera, size) for camera in self.cameras]),
-            settings={
-                "kind": kind,
-                "additions": training.additions,
-                "random_points": training.random_points,
-                "whole_steps": training.whole_steps,
-                "max_image_size": training.size,
-            },
-        )
-
-    def _targets(self, size: tuple[int, ...]) -> Tensor:
+        size = tuple(self.views.references.shape[-2:])
         if self._target is None:
-            shown = (render_clip(self.whole.model, self._in_whole(camera)).rgb for camera in self.cameras)
-            self._target = torch.cat([stored(to_channels_first(rgb), size) for rgb in shown])
-        return self._target
+            shown = (render_clip(self.whole.model, self._in_whole(camera)) for camera in self.cameras)
+            self._target = torch.cat([stored_colours(clip, size) for clip in shown])
+        return run_of(
+            self.training,
+            self.views,
+            show,
+            self.cameras,
+            (self.before, self.after),
+            steps,
+            target=self._target,
+            intrinsics=torch.stack([intrinsics_at(camera, size) for camera in self.cameras]),
+            settings={"kind": kind, "whole_steps": self.training.whole_steps},
+        )
 
     def _in_whole(self, cameras: Cameras) -> Cameras:
         moved = copy.copy(cameras)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
@@ -226,51 +226,91 @@ def last_reference_before(name: Path, references: Sequence[Path]) -> int:
 
 def _render_run(trainer: Trainer, training: SplatTraining, views: LeftOutViews, steps: int) -> PairRun:
     model = cast(EnhancerModel, trainer.pipeline.model)
+    before = torch.tensor(views.before)
+    return run_of(
+        training,
+        views,
+        lambda camera: render_clip(model, camera.to(model.device)),
+        views.cameras,
+        (before, before + 1),
+        steps,
+        target=views.photographs,
+        intrinsics=views.intrinsics,
+        settings={"splats": model.num_points},
+    )
+
+
+def run_of(
+    training: SplatTraining,
+    views: LeftOutViews,
+    show: Callable[[Cameras], RenderedClip],
+    cameras: Sequence[Cameras],
+    ends: tuple[Int64[Tensor, " n"], Int64[Tensor, " n"]],
+    steps: int,
+    *,
+    target: UInt8[Tensor, "n 3 h w"],
+    intrinsics: Float[Tensor, "n 4"],
+    settings: dict[str, Any],
+) -> PairRun:
+    """What splats show at some cameras, with the references warped there.
+
+    Args:
+        training: of the sparse splats that the run belongs to.
+        views: its references.
+        show: renders the splats at a camera.
+        cameras: of the frames, each of shape [1].
+        ends: `PairRun.before` and `after`.
+        steps: how long the splats were trained.
+        target: what should be seen.
+        intrinsics: at the size of the stored pictures.
+        settings: whatever else made the run what it is.
+    """
     size = tuple(views.references.shape[-2:])
-    clips = [render_clip(model, camera.to(model.device)) for camera in views.cameras]
-    at_references = [
-        render_clip(model, views.reference_cameras[i : i + 1].to(model.device)) for i in range(training.num_views)
-    ]
+    clips = [show(camera) for camera in cameras]
+    at_references = [show(views.reference_cameras[i : i + 1]) for i in range(training.num_views)]
     sources = WarpSources(
         views.reference_photographs, [clip.depth[0] for clip in at_references], views.reference_cameras
     )
     warped = [
-        stored(warp_references(clip.depth, clip.alpha, camera, sources), size)
-        for clip, camera in zip(clips, views.cameras)
+        _stored(warp_references(clip.depth, clip.alpha, camera, sources), size) for clip, camera in zip(clips, cameras)
     ]
-    before = torch.tensor(views.before)
     return PairRun(
         scene=training.scene,
         num_views=training.num_views,
         seed=training.seed,
         steps=steps,
-        render=torch.cat([stored(to_channels_first(clip.rgb), size) for clip in clips]),
-        alpha=torch.cat([stored(to_channels_first(clip.alpha), size) for clip in clips]),
-        disparity=torch.cat([stored_disparity(clip, size) for clip in clips]),
+        render=torch.cat([stored_colours(clip, size) for clip in clips]),
+        alpha=torch.cat([_stored(to_channels_first(clip.alpha), size) for clip in clips]),
+        disparity=torch.cat([_disparity(clip, size) for clip in clips]),
         warped=torch.cat(warped),
-        target=views.photographs,
+        target=target,
         references=views.references,
-        reference_disparity=torch.cat([stored_disparity(clip, size) for clip in at_references]),
-        before=before,
-        after=before + 1,
-        camera_to_world=torch.cat([camera.camera_to_worlds for camera in views.cameras]).float().cpu(),
+        reference_disparity=torch.cat([_disparity(clip, size) for clip in at_references]),
+        before=ends[0],
+        after=ends[1],
+        camera_to_world=torch.cat([camera.camera_to_worlds for camera in cameras]).float().cpu(),
         reference_camera_to_world=views.reference_cameras.camera_to_worlds.float().cpu(),
-        intrinsics=views.intrinsics,
+        intrinsics=intrinsics,
         settings={
             "additions": training.additions,
             "random_points": training.random_points,
-            "splats": model.num_points,
             "max_image_size": training.size,
+            **settings,
         },
     )
 
 
-def stored_disparity(clip: RenderedClip, size: tuple[int, ...]) -> UInt8[Tensor, "t 1 H W"]:
+def stored_colours(clip: RenderedClip, size: tuple[int, ...]) -> UInt8[Tensor, "t 3 H W"]:
+    """The colours of a render as they are stored."""
+    return _stored(to_channels_first(clip.rgb), size)
+
+
+def _disparity(clip: RenderedClip, size: tuple[int, ...]) -> UInt8[Tensor, "t 1 H W"]:
     """Normalised disparity of a render as 8-bit pictures."""
-    return stored(normalised_disparity(to_channels_first(clip.depth), to_channels_first(clip.alpha)), size)
+    return _stored(normalised_disparity(to_channels_first(clip.depth), to_channels_first(clip.alpha)), size)
 
 
-def stored(picture: Float[Tensor, "t c h w"], size: tuple[int, ...]) -> UInt8[Tensor, "t c H W"]:
+def _stored(picture: Float[Tensor, "t c h w"], size: tuple[int, ...]) -> UInt8[Tensor, "t c H W"]:
     """Pictures in [0, 1] as they are stored."""
     return _resized(_to_uint8(picture.cpu()), size)
 

@@ -5,7 +5,6 @@ import copy
 import dataclasses
 import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -420,7 +419,7 @@ def test_loader_workers_draw_the_same_batches_and_stream_every_shard_once_togeth
 
 def test_the_last_worker_that_needed_a_shard_removes_it(packed):
     one = clips_of(packed, lanes=1, steps_per_shard=1)
-    other = pickle.loads(pickle.dumps(one))  # as a worker gets it
+    other = copy.deepcopy(one)  # as a worker gets it
     assert_same_batch(one[0], other[0])
     first = unpacked_by(one)
     assert len(first) == 1
