@@ -65,11 +65,15 @@ def fit_clip(clip: ConditionClip, fit: Fit, frame_size: tuple[int, int] | None) 
     return FittedClip(replace(clip, **pictures, fov_x_rad=fov), height, width, *scaled, top, left)
 
 
+ONE_TILE = 0.9
+"""Pictures whose sides are nearly those of the prior's frames are reduced by so much at most, to be sampled as one tile."""
+
+
 def _scale(height: int, width: int, frame_size: tuple[int, int], fit: Fit) -> float:
     """Factor of both sides; never above 1, since enlarged pictures only cost."""
-    if fit == "pad":
-        return min(1.0, frame_size[0] / height, frame_size[1] / width)
-    return min(1.0, max(frame_size[0] / height, frame_size[1] / width))
+    sides = frame_size[0] / height, frame_size[1] / width
+    within, covering = min(1.0, *sides), min(1.0, max(sides))
+    return within if fit == "pad" or within >= ONE_TILE * covering else covering
 
 
 def _pictures(clip: ConditionClip, height: int, width: int) -> list[tuple[str, Tensor]]:

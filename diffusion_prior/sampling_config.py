@@ -37,7 +37,7 @@ class SamplingConfig:
     fit: Fit = "auto"
     """How frames that are no frames of the prior's own size are brought to it, always without stretching.
     as-is: their sides padded to whole latents. pad: scaled down and padded to `frame_size`. tile: scaled down until their
-    shorter side fits, then overlapping tiles of `frame_size`. auto: as-is for a prior of no fixed size, else tile."""
+    shorter side fits (the longer too where that takes no more than a tenth), then overlapping tiles of `frame_size`. auto: as-is for a prior of no fixed size, else tile."""
     frame_size: tuple[int, int] | None = None
     """Height and width in pixels for `fit`; the prior's own size by default."""
     precision: Precision = "auto"

@@ -64,6 +64,12 @@ def test_tiling_scales_until_the_shorter_side_fits():
     assert fit_clip(ramp_clip(30, 40), "tile", (50, 50)).clip.rgb.shape[-2:] == (30, 40)
 
 
+def test_a_picture_of_nearly_the_priors_shape_is_sampled_as_one_tile():
+    # 540 rows for 512: two tiles would show almost the same; 512 / 540 = 0.948 of the size is enough
+    assert fit_clip(ramp_clip(540, 960), "tile", (512, 960)).clip.rgb.shape[-2:] == (512, 910)
+    assert fit_clip(ramp_clip(640, 960), "tile", (512, 960)).clip.rgb.shape[-2:] == (640, 960)  # 0.8 is too little
+
+
 def test_the_field_of_view_grows_with_padding_at_the_sides_and_not_with_scaling():
     clip = dataclasses.replace(ramp_clip(120, 60), fov_x_rad=2 * math.atan(0.25))
     # 60 columns become 32 of 64: twice the tangent
