@@ -59,7 +59,7 @@ class MakePairs:
     paths: bool = False
     """Also store two runs along smooth paths between and around the references, whose target are splats trained on all
     photographs: what the sparse splats show there, as in the paper, and what those splats themselves show when they are
-    damaged. Such splats are trained once for each scene and kept in `whole_splats`."""
+    damaged. Such splats are trained once for each scene and kept in `whole_splats`; delete that folder to train them anew."""
     whole_steps: int = 1500
     """Training steps of the splats on all photographs."""
     whole_views: int = 60

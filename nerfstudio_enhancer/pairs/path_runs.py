@@ -63,30 +63,36 @@ class WholeSplats:
     world: World
 
 
-def whole_splats(training: SplatTraining, trainer: Trainer) -> WholeSplats:
-    """Read a scene's splats of all photographs; the first to ask trains them.
-
-    Args:
-        training: names the scene and the settings.
-        trainer: of the sparse splats, whose model's settings render the others too.
-    """
+def ensure_whole_splats(training: SplatTraining) -> Path:
+    """The file of a scene's splats of all photographs; the first to ask trains them. It seeds the global generators."""
     path = training.output / WHOLE_FOLDER / f"{training.scene}.ckpt"
     if not path.is_file():
         scene = WholeScene(training.data, path, training.whole_views, training.whole_steps, training.size, seed=0)
         _store(train_on_all(scene), path)
+    return path
+
+
+def read_whole_splats(path: Path, trainer: Trainer) -> WholeSplats:
+    """Read splats of all photographs.
+
+    Args:
+        path: of `ensure_whole_splats`.
+        trainer: of the sparse splats, whose model's settings render the others too.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
     sparse = cast(EnhancerModel, trainer.pipeline.model)
     config = dataclasses.replace(sparse.config, fill_background="reference-mean")
-    model = cast(
-        EnhancerModel,
-        config.setup(
-            scene_box=sparse.scene_box,
-            num_train_data=sparse.num_train_data,
-            metadata={},
-            device=sparse.device,
-            seed_points=(torch.randn(4, 3), torch.zeros(4, 3)),
-        ),
-    )
+    with torch.random.fork_rng():  # whoever trains the sparse splats on draws what he would have drawn without this
+        model = cast(
+            EnhancerModel,
+            config.setup(
+                scene_box=sparse.scene_box,
+                num_train_data=sparse.num_train_data,
+                metadata={},
+                device=sparse.device,
+                seed_points=(torch.randn(4, 3), torch.zeros(4, 3)),
+            ),
+        )
     model.load_state_dict(state["model"])
     model.step = state["steps"]
     return WholeSplats(model.to(sparse.device), World(state["transform"], state["scale"]))
@@ -108,10 +114,10 @@ def _store(trainer: Trainer, path: Path) -> None:
 class PathRuns:
     """Makes runs along the paths of one training of sparse splats."""
 
-    def __init__(self, training: SplatTraining, trainer: Trainer, views: LeftOutViews) -> None:
+    def __init__(self, training: SplatTraining, trainer: Trainer, views: LeftOutViews, whole: Path) -> None:
         self.training, self.views = training, views
         self.sparse = cast(EnhancerModel, trainer.pipeline.model)
-        self.whole = whole_splats(training, trainer)
+        self.whole = read_whole_splats(whole, trainer)
         self.world = World.of(trainer)
         config = TrajectoryConfig(
             max_total_frames=training.max_frames, perturbations=1, perturbation_frames=LOOP_FRAMES

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -40,9 +40,6 @@ from nerfstudio_enhancer.rendering import RenderedClip, render_clip
 from nerfstudio_enhancer.scene.capture import Frame, natural_key, read_capture
 from nerfstudio_enhancer.warping import WarpSources, warp_references
 
-if TYPE_CHECKING:
-    from nerfstudio_enhancer.pairs.path_runs import PathRuns
-
 ASPECT_TOLERANCE = 0.02
 """Largest relative difference of aspect ratio at which a picture is resized to the run's size instead of left out."""
 STEPS_OF_WHOLE_TRAINING = 1.5
@@ -60,33 +57,29 @@ def make_runs(training: SplatTraining, steps: Sequence[int]) -> int:
     Raises:
         ValueError: if no left-out photograph has the references' shape.
     """
+    from nerfstudio_enhancer.pairs.path_runs import PathRuns, ensure_whole_splats  # it builds upon this module
+
     config = _trainer_config(training)
+    whole = ensure_whole_splats(training) if training.paths else None
     set_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
     views = LeftOutViews.read(trainer.pipeline.datamanager)
-    paths = None
+    paths = None if whole is None else PathRuns(training, trainer, views, whole)
     begin = count = 0
     for end in sorted(steps):
         train_steps(trainer, begin, end)
         begin = end
         for kind in missing_kinds(training, end):
-            if kind == "photographs":
+            if paths is None or kind == "photographs":
                 run = _render_run(trainer, training, views, end)
             else:
-                paths = paths or _path_runs(training, trainer, views)
                 run = paths.paths(end) if kind == "paths" else paths.degraded(end)
             folder = run_folder(training.output, training.scene, training.num_views, training.seed, end, kind)
             write_run(folder, run)
             save_contact_sheet(run, folder / "contact_sheet.png")
             count += 1
     return count
-
-
-def _path_runs(training: SplatTraining, trainer: Trainer, views: LeftOutViews) -> PathRuns:
-    from nerfstudio_enhancer.pairs.path_runs import PathRuns  # it builds upon this module
-
-    return PathRuns(training, trainer, views)
 
 
 class PairsDataManager(EnhancerDataManager):
