@@ -1,6 +1,6 @@
 """Priors on disk: folders in diffusers' layout, safetensors only.
 
-    model_index.json  prior_config.json  vae/  unet/  image_encoder/  std/  scheduler/  feature_extractor/
+    model_index.json  prior_config.json  vae/  unet/  image_encoder/  std/  [coarse/]  scheduler/  feature_extractor/
 
 A folder without `prior_config.json` is taken for a Stable Video Diffusion pipeline, or for one of 3DGS-Enhancer's authors
 (layouts A and B of the UNet, told apart by their tensors). No folder needs `std/`: without it the STD is the untrained one, which
@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from diffusion_prior.coarse import CoarseRepair
 from diffusion_prior.conditioning import CLIP_MEAN, CLIP_STD
 from diffusion_prior.prior import PriorConfig, VideoPrior, fast_dtype
 from diffusion_prior.published import LAYOUT_A_FRAMES, LAYOUT_A_SIZE, LAYOUT_B_SIZE, SVD_REPOSITORY
@@ -73,13 +74,19 @@ class PriorFolders:
     @property
     def needed(self) -> list[str]:
         """Parts without which there is no prior."""
-        parts = {"vae": True, "unet": True, "image_encoder": True, "std": self.has_std, "scheduler": not self.ours}
+        parts = {"vae": True, "unet": True, "image_encoder": True, "std": self.has_std, "coarse": self.has_coarse}
+        parts["scheduler"] = not self.ours
         return [part for part, needed in parts.items() if needed]
 
     @property
     def has_std(self) -> bool:
         """Whether there is a trained decoder; without one the VAE's own is used."""
         return (self.folder / "std").is_dir()
+
+    @property
+    def has_coarse(self) -> bool:
+        """Whether there is a coarse repair; most priors have none."""
+        return (self.folder / "coarse").is_dir()
 
 
 def load_prior(name: str, device: torch.device | str, dtype: torch.dtype | None = None) -> VideoPrior:
@@ -211,6 +218,7 @@ def read_prior(folder: Path, unet_folder: Path | None = None) -> VideoPrior:
         std=std,
         config=config,
         scheduler_config=scheduler,
+        coarse=_read_diffusers(CoarseRepair, folder / "coarse") if folders.has_coarse else None,
     )
 
 
@@ -376,6 +384,7 @@ def _write_parts(prior: VideoPrior, folder: Path, dtype: torch.dtype | None) -> 
             "unet": ["diffusion_prior.unet", "SpatioTemporalUNet"],
             "image_encoder": ["transformers", "CLIPVisionModelWithProjection"],
             "std": ["diffusion_prior.std", "SpatialTemporalDecoder"],
+            **({} if prior.coarse is None else {"coarse": ["diffusion_prior.coarse", "CoarseRepair"]}),
             "scheduler": ["diffusers", "EulerDiscreteScheduler"],
             "feature_extractor": ["transformers", "CLIPImageProcessor"],
         },

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from diffusion_prior.coarse import CoarseRepair
 from diffusion_prior.colour import match_first_reference
 from diffusion_prior.conditioning import (
     LatentCondition,
@@ -112,11 +113,21 @@ class PriorConfig:
         return not self.min_guidance == self.max_guidance == 1.0
 
 
+PriorModule = (
+    AutoencoderKLTemporalDecoder
+    | SpatioTemporalUNet
+    | CLIPVisionModelWithProjection
+    | SpatialTemporalDecoder
+    | CoarseRepair
+)
+"""One of the networks of a prior."""
+
+
 class VideoPrior:
     """A clip in, an enhanced clip out.
 
-    Not an nn.Module: it holds four of them (`vae`, `unet`, `image_encoder`, `std`), the scheduler's config as it lies
-    in the folder, and our own `config`.
+    Not an nn.Module: it holds four of them (`vae`, `unet`, `image_encoder`, `std`), a fifth where there is a `coarse` repair,
+    the scheduler's config as it lies in the folder, and our own `config`.
     """
 
     def __init__(
@@ -127,11 +138,13 @@ class VideoPrior:
         std: SpatialTemporalDecoder,
         config: PriorConfig,
         scheduler_config: Mapping[str, Any] | None = None,
+        coarse: CoarseRepair | None = None,
     ) -> None:
         self.vae = vae
         self.unet = unet
         self.image_encoder = image_encoder
         self.std = std
+        self.coarse = coarse
         self.config = config
         self.scheduler_config = dict(scheduler_config or {})
         self.sampling = SamplingConfig()
@@ -142,13 +155,17 @@ class VideoPrior:
         _check_parts_fit(self)
 
     @property
-    def modules(
-        self,
-    ) -> dict[
-        str, AutoencoderKLTemporalDecoder | SpatioTemporalUNet | CLIPVisionModelWithProjection | SpatialTemporalDecoder
-    ]:
+    def modules(self) -> dict[str, PriorModule]:
         """The networks by the names of their folders."""
-        return {"vae": self.vae, "unet": self.unet, "image_encoder": self.image_encoder, "std": self.std}
+        modules: dict[str, PriorModule] = {
+            "vae": self.vae,
+            "unet": self.unet,
+            "image_encoder": self.image_encoder,
+            "std": self.std,
+        }
+        if self.coarse is not None:
+            modules["coarse"] = self.coarse
+        return modules
 
     @property
     def device(self) -> torch.device:
@@ -198,6 +215,12 @@ class VideoPrior:
         self.std = std.eval()
         _check_parts_fit(self)
 
+    def set_coarse(self, coarse: CoarseRepair | None) -> None:
+        """Mend the renders with another coarse repair from now on, or with none."""
+        if coarse is not None:
+            nn.Module.to(coarse.eval(), device=self.device)
+        self.coarse = coarse
+
     def _fit_out(self, module: nn.Module) -> None:
         speed_up(module)
         set_norm_groups(module, self.config.norm_groups)
@@ -215,6 +238,7 @@ class VideoPrior:
         place = "cpu" if self.preset.offload and device is not None else device
         for name, module in self.modules.items():
             upcast = name == "vae" and dtype is torch.float16 and self.vae.config["force_upcast"]
+            upcast = upcast or (name == "coarse" and dtype is not None)  # small, and differences count in it
             # diffusers' own `to` warns of layers that it has not
             nn.Module.to(module, device=place, dtype=torch.float32 if upcast else dtype)
             for parameter in module.parameters():
@@ -246,6 +270,14 @@ class VideoPrior:
             ValueError: where a pose-conditioned prior gets a clip without poses or field of view.
             OutOfDeviceMemory: naming the ways to need less.
         """
+        if self.coarse is not None and self.sampling.coarse:
+            with self._resident("coarse"):
+                clip = self.coarse.repaired(clip)
+        return EnhancedClip(rgb=self.sample(clip, generator))
+
+    @torch.no_grad()
+    def sample(self, clip: ConditionClip, generator: torch.Generator) -> Float[Tensor, "t 3 h w"]:
+        """`enhance` without the coarse repair: the frames in [0, 1] that are sampled and decoded for a clip as it is."""
         if self.sampling.seed is not None:
             generator = torch.Generator().manual_seed(self.sampling.seed)
         fitted = fit_clip(clip, self.fit, self.frame_size)
@@ -253,7 +285,7 @@ class VideoPrior:
             rgb = fitted.restore(self.decode(self.predict_latents(fitted.clip, generator), fitted.clip))
         if self.effective_config.colour_correction:
             rgb = match_first_reference(rgb, clip.rgb[0].to(rgb)).clamp(0, 1)
-        return EnhancedClip(rgb=rgb)
+        return rgb
 
     @torch.no_grad()
     def predict_latents(self, clip: ConditionClip, generator: torch.Generator) -> Float[Tensor, "t c h2 w2"]:

@@ -28,6 +28,8 @@ class SamplingConfig:
     """Classifier-free guidance at a clip's first frame."""
     max_guidance: float | None = None
     """Classifier-free guidance at a clip's last frame; at 1 and 1 the unconditional pass is left out: half the time."""
+    coarse: bool = True
+    """Mend large shapes of the renders before anything is sampled, where the prior has a coarse repair."""
     std: bool = True
     """Decode with the spatial-temporal decoder, which sees the renders; False: with the VAE's own."""
     colour_correction: bool | None = None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
 
-from diffusion_prior.data.clips import ClipBatch, ClipDataset, step_generator
+from diffusion_prior.data.clips import ClipBatch, step_generator
 from diffusion_prior.files import whole_file
 from diffusion_prior.prior import VideoPrior, fast_dtype
 from diffusion_prior.training.config import TrainingConfig
@@ -76,7 +76,7 @@ class Task(ABC):
     losses: Losses
 
     @abstractmethod
-    def dataset(self, rank: int, world_size: int) -> ClipDataset:
+    def dataset(self, rank: int, world_size: int) -> Dataset[ClipBatch]:
         """Batches by step for one process."""
 
     @abstractmethod

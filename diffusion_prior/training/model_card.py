@@ -17,6 +17,7 @@ STAGE_TITLES = {
     "vae": "VAE",
     "ldm": "latent diffusion model (UNet and image encoder)",
     "std": "spatial-temporal decoder",
+    "coarse": "coarse repair",
 }
 NOT_LOSSES = {"step", "seconds", "learning_rate", "gradient_norm"}
 
@@ -26,7 +27,7 @@ class Stage:
     """One finished training."""
 
     name: str
-    """`vae`, `ldm` or `std`."""
+    """`vae`, `ldm`, `std` or `coarse`."""
     folder: Path
     """Its output folder."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TypeVar
 
 import torch
@@ -51,7 +51,7 @@ def fit_to_prior(config: AnyConfig, prior: VideoPrior) -> AnyConfig:
 
 def clip_to(clip: ClipBatch, device: torch.device) -> ClipBatch:
     """A batch on another device."""
-    return ClipBatch(**{name: frames.to(device) for name, frames in vars(clip).items()})
+    return ClipBatch(**{entry.name: getattr(clip, entry.name).to(device) for entry in fields(ClipBatch)})
 
 
 def clips_where(batch: ClipBatch, chosen: Bool[Tensor, " b"]) -> ClipBatch:

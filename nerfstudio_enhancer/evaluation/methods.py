@@ -78,6 +78,9 @@ METHODS = {
         feed="enhanced",
         settings={"enhance.reference_agreement": False},
     ),
+    "no-coarse": Method(
+        "the whole without the coarse repair", feed="enhanced", settings={"enhance.sampling.coarse": False}
+    ),
     "no-std": Method(
         "the whole without the spatial-temporal decoder", feed="enhanced", settings={"enhance.sampling.std": False}
     ),

@@ -12,12 +12,14 @@ from accelerate.state import AcceleratorState
 from svd_folders import write_svd_folder
 
 from diffusion_prior.checkpoints import load_prior
+from diffusion_prior.coarse import CoarseRepair
 from diffusion_prior.conditioning import encode_frames
 from diffusion_prior.data.clips import ClipConfig, ClipDataset, collate, find_gaps, step_generator, to_float
 from diffusion_prior.prior import build_compact_prior
-from diffusion_prior.training import train_ldm, train_std, train_vae
+from diffusion_prior.training import train_all, train_coarse, train_ldm, train_std, train_vae
 from diffusion_prior.training.config import ScaleConfig
 from diffusion_prior.training.setup import fit_to_prior, fixed_clips
+from diffusion_prior.training.train_coarse import CoarseConfig, CoarseLosses, FoldedClips, jittered
 from diffusion_prior.training.train_ldm import LdmConfig, batch_condition, draw_sigmas
 from diffusion_prior.training.train_std import StdConfig, StdLosses, sample_batch
 from diffusion_prior.training.train_vae import VaeConfig
@@ -112,6 +114,94 @@ def test_std_learns_to_brighten_renders(pairs, tiny_prior, tmp_path):
     train_std.run(config)
     losses = [line["l1"] for line in log(tmp_path) if "l1" in line]
     assert sum(losses[-3:]) < 0.7 * sum(losses[:3])
+
+
+WHOLE_CLIPS = ClipConfig(num_frames=4, batch_size=2, crop_px=None, size_multiple=8, permute_channels=False)
+
+
+def coarse_settings(pairs, tiny_prior, output, **changes):
+    values = {"clips": WHOLE_CLIPS, "folds": 2, **changes}
+    return settings(CoarseConfig, pairs, tiny_prior, output, **values)
+
+
+def test_coarse_training_gives_the_prior_a_coarse_repair_and_leaves_the_rest(other_pairs, tiny_prior, before, tmp_path):
+    train_coarse.run(coarse_settings(other_pairs, tiny_prior, tmp_path))
+    trained = load_prior(str(tmp_path / "prior"), "cpu", torch.float16)
+    coarse = trained.coarse
+    assert coarse is not None
+    assert coarse.folds == 2
+    trained.set_coarse(None)
+    assert changed_parts(before, trained) == set()
+    assert {"l1", "l2", "gated_l2", "new_l2", "render_l2"} <= set(log(tmp_path)[0])
+    assert {"render/psnr", "coarse/psnr", "without/psnr", "enhanced/lpips"} <= set(log(tmp_path)[-1])
+
+
+def test_coarse_training_goes_on_from_the_priors_own_and_refuses_other_folds(other_pairs, tiny_prior, tmp_path):
+    train_coarse.run(coarse_settings(other_pairs, tiny_prior, tmp_path / "first"))
+    trained = tmp_path / "first" / "prior"
+    train_coarse.run(coarse_settings(other_pairs, trained, tmp_path / "again", learning_rate=0.0))
+    states = [load_prior(str(path), "cpu").coarse.state_dict() for path in (trained, tmp_path / "again" / "prior")]
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+    with pytest.raises(ValueError, match="has 2 folds, got folds=3"):
+        train_coarse.run(coarse_settings(other_pairs, trained, tmp_path / "other", folds=3))
+
+
+def test_a_network_never_learns_from_the_scenes_that_it_leaves_out(other_pairs, tiny_prior, tmp_path):
+    config = coarse_settings(other_pairs, tiny_prior, tmp_path, folds=3)
+    folded = FoldedClips(find_gaps(other_pairs), config.clips, 0, 3)
+    losses = CoarseLosses(CoarseRepair(side=16, folds=3, widths=(4, 8)), config, torch.device("cpu"))
+    learning = {fold: set() for fold in range(3)}
+    for step in range(24):
+        batch = folded[step]
+        losses.zero_grad()
+        losses(batch, step_generator(0, step), 0.0, "main")["loss"].backward()
+        touched = [m for m, net in enumerate(losses.coarse.members) if net.conv_out.bias.grad is not None]
+        learning[batch.fold].update(touched)
+        assert losses.coarse.gate.conv_out.bias.grad is not None
+    assert learning == {0: {1, 2}, 1: {0, 2}, 2: {0, 1}}
+
+
+def test_every_fold_draws_from_scenes_of_its_own(other_pairs):
+    folded = FoldedClips(find_gaps(other_pairs), WHOLE_CLIPS, 0, 3)
+    scenes = [{gap.header.scene for gaps in part._by_size.values() for gap in gaps} for part in folded._folds]
+    assert scenes == [{"ale"}, {"juice"}, {"water"}]
+    assert [folded[step].fold for step in range(4)] == [0, 1, 2, 0]
+    with pytest.raises(ValueError, match="4 folds need as many training scenes at least, got 3"):
+        FoldedClips(find_gaps(other_pairs), WHOLE_CLIPS, 0, 4)
+
+
+def test_the_coarse_repair_learns_to_brighten_renders_of_scenes_that_are_new_to_it(other_pairs, tiny_prior, tmp_path):
+    train_coarse.run(coarse_settings(other_pairs, tiny_prior, tmp_path, steps=120))
+    lines = [line for line in log(tmp_path) if "gated_l2" in line]
+    shares = [
+        sum(line["gated_l2"] for line in part) / sum(line["render_l2"] for line in part)
+        for part in (lines[:8], lines[-8:])
+    ]
+    assert shares[0] > 0.8
+    assert shares[1] < 0.5
+
+
+def test_a_whole_prior_is_trained_stage_by_stage_and_a_finished_stage_is_not_trained_again(
+    other_pairs, tmp_path, monkeypatch
+):
+    minutes = {f"{stage}_minutes": 1e-3 for stage in ("vae", "ldm", "std", "coarse")}
+    plan = train_all.PlanConfig(pairs=other_pairs, output=tmp_path, coarse_folds=2, **minutes)
+    train_all.run(plan)
+    prior = load_prior(str(tmp_path / "prior"), "cpu")
+    assert prior.coarse is not None
+    card = (tmp_path / "prior" / "MODEL_CARD.md").read_text()
+    for title in ("VAE", "latent diffusion model", "spatial-temporal decoder", "coarse repair"):
+        assert f"## Training: {title}" in card
+    for stage in (train_vae, train_ldm, train_std, train_coarse):
+        monkeypatch.setattr(stage, "run", lambda _: pytest.fail("trained again"))
+    train_all.run(plan)
+
+
+def test_colour_jitter_multiplies_every_colour_and_nothing_else():
+    told, factors = torch.ones(1, 2, 25, 2, 2), torch.tensor([[0.5, 2.0, 3.0]])
+    changed = jittered(told, factors)[0, 1, :, 0, 0].tolist()
+    colour, rest = [0.5, 2.0, 3.0], [1.0, 1.0]
+    assert changed == colour + rest + 4 * colour + 2 * [*colour, 1.0]
 
 
 def test_the_first_phase_trains_at_the_highest_noise_alone():
