@@ -26,7 +26,7 @@ from nerfstudio_enhancer.warping import WarpSources, frame_difference, warp_refe
 if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModel
 
-Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs"]
+Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs", "faultless"]
 
 BLUR_SIGMA_SHARE = 0.01
 """Sigma of the control `blurred`, as a share of the image's longer side."""
@@ -42,8 +42,9 @@ class EnhanceConfig:
     """How the prior is run: steps, scheduler, seed, picture size, precision, memory."""
     feed: Feed = "enhanced"
     """What a round feeds back. Anything but `enhanced` is a control of the benchmark: the un-enhanced renders, the renders
-    with holes filled by the references' mean colour, blurred renders, or (the oracle) real photographs that are neither
-    reference nor test views."""
+    with holes filled by the references' mean colour, blurred renders, (the oracle) real photographs that are neither
+    reference nor test views, or (the ceiling of any prior on the same paths) what splats of all photographs but the test
+    views show there."""
     start: int = 2000
     """Training step of the first round."""
     every: int = 500
@@ -109,6 +110,7 @@ def enhance_step(
     generator: torch.Generator,
     oracle: References | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    faultless: Callable[[Cameras], Float[Tensor, "t h w 3"]] | None = None,
 ) -> list[RoundClip]:
     """Make the enhanced views of one round. Only reference views shape it, except for the oracle.
 
@@ -120,6 +122,7 @@ def enhance_step(
         generator: draws paths and the prior's noise.
         oracle: real photographs at other poses, for `feed="photographs"` only.
         on_progress: called with (frames done, frames in all).
+        faultless: frames [t h w 3] at cameras, for `feed="faultless"` only.
 
     Raises:
         ValueError: fewer than 2 reference views; a prior or oracle that the feed needs is missing.
@@ -132,7 +135,7 @@ def enhance_step(
             )
         clips = [_oracle_clip(model, oracle, index) for index in range(len(oracle.photographs))]
     else:
-        clips = _path_clips(model, references, config, prior, generator, on_progress)
+        clips = _path_clips(model, references, config, prior, generator, on_progress, faultless)
     return _weigh(clips, references, config)
 
 
@@ -145,7 +148,7 @@ class _UnweighedClip:
     agreement: Float[Tensor, "t h w 1"]
 
 
-def _path_clips(model, references, config, prior, generator, on_progress) -> list[_UnweighedClip]:
+def _path_clips(model, references, config, prior, generator, on_progress, faultless) -> list[_UnweighedClip]:
     """Render and repair each trajectory; the clips end on reference photographs, which are cut off afterwards."""
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
@@ -162,7 +165,11 @@ def _path_clips(model, references, config, prior, generator, on_progress) -> lis
         inner = slice(1, -1)
         ends = (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered))
         condition = condition_clip(rendered, ends, cameras, sources)
-        frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
+        if config.feed == "faultless":
+            assert faultless is not None
+            frames = faultless(cameras).to(rendered.rgb)
+        else:
+            frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
         need = view_need(condition, config.unseen_range)[inner].cpu()
         agreement = torch.ones_like(middle.alpha)

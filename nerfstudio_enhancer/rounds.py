@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datasets.base_dataset import InputDataset
 from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -83,6 +85,7 @@ class Rounds:
         self.trainer.save_checkpoint(step - 1)
         oracle = self._oracle() if self.config.feed == "photographs" else None
         prior = self._prior() if self.config.feed == "enhanced" else None
+        faultless = self._faultless() if self.config.feed == "faultless" else None
         CONSOLE.log(f"Enhancement round before step {step} (feed: {self.config.feed})")
         with _progress() as progress:
             task = progress.add_task("Enhancing frames", total=None)
@@ -94,6 +97,7 @@ class Rounds:
                 step_generator(self.seed, step, "round"),
                 oracle,
                 lambda done, total: progress.update(task, completed=done, total=total),
+                faultless,
             )
         self._keep(step, clips)
         self.done.add(step)
@@ -153,6 +157,13 @@ class Rounds:
             )
             self.done.update(missed)
             self.run(start)
+
+    def _faultless(self) -> Callable[[Cameras], Float[Tensor, "t h w 3"]]:
+        from nerfstudio_enhancer.evaluation.faultless import (
+            FaultlessFrames,
+        )  # of the benchmark: it trains like this one
+
+        return FaultlessFrames(self.trainer)
 
     def _oracle(self) -> References:
         dataset = self.datamanager.unused_views()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -50,9 +51,11 @@ class WholeScene:
     seed: int
 
 
-def train_on_all(scene: WholeScene) -> Trainer:
-    """Train splats on as many of a scene's photographs as are asked for, all but one at most."""
+def train_on_all(scene: WholeScene, names: Sequence[str] | None = None) -> Trainer:
+    """Train splats on as many of a scene's photographs as are asked for, all but one at most; or on those named."""
     config = _config(scene)
+    if names is not None:
+        dataparser_of(config).reference_views = tuple(names)
     set_seed(scene.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 
-Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs"]
+Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs", "faultless"]
 
 Addition = Literal["background", "depth", "regularisation"]
 ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation")
@@ -93,6 +93,12 @@ METHODS = {
         "the whole with a second round halfway from the first to the end",
         feed="enhanced",
         settings={"enhance.rounds": 2},
+    ),
+    "faultless": Method(
+        "ceiling of a prior: what splats of all views but the test views show on the same paths", feed="faultless"
+    ),
+    "faultless-all": Method(
+        "the same, every frame needed in full", feed="faultless", settings={"enhance.unseen_range": (0.0, 0.0)}
     ),
     "oracle": Method("ceiling: real photographs of unused views fed back", feed="photographs"),
 }

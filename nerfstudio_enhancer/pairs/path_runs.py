@@ -68,7 +68,7 @@ def ensure_whole_splats(training: SplatTraining) -> Path:
     path = training.output / WHOLE_FOLDER / f"{training.scene}.ckpt"
     if not path.is_file():
         scene = WholeScene(training.data, path, training.whole_views, training.whole_steps, training.size, seed=0)
-        _store(train_on_all(scene), path)
+        store_whole_splats(train_on_all(scene), path)
     return path
 
 
@@ -98,7 +98,8 @@ def read_whole_splats(path: Path, trainer: Trainer) -> WholeSplats:
     return WholeSplats(model.to(sparse.device), World(state["transform"], state["scale"]))
 
 
-def _store(trainer: Trainer, path: Path) -> None:
+def store_whole_splats(trainer: Trainer, path: Path) -> None:
+    """Write what `read_whole_splats` reads, whole or not at all."""
     world = World.of(trainer)
     state = {
         "model": trainer.pipeline.model.state_dict(),

@@ -163,11 +163,31 @@ def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfi
         assert torch.equal(saved.rgb, taken.rgb)
 
 
-@pytest.mark.parametrize("feed", ["renders", "mean-filled", "blurred", "photographs"])
+@pytest.mark.parametrize("feed", ["renders", "mean-filled", "blurred", "photographs", "faultless"])
 def test_controls_and_oracle_need_no_prior(config: TrainerConfig, feed: str) -> None:
     config.pipeline.model.enhance.prior, config.pipeline.model.enhance.feed = "none", feed
     config.max_num_iterations = START + 1
     assert views_of(train(config)).num_views > 0
+
+
+def test_the_ceiling_of_a_prior_learns_from_every_photograph_but_the_test_views(config, monkeypatch) -> None:
+    class AskedFor(Exception):
+        pass
+
+    def asked_for(scene, names):
+        raise AskedFor(*names)
+
+    monkeypatch.setattr("nerfstudio_enhancer.evaluation.faultless.train_on_all", asked_for)
+    config.pipeline.model.enhance.prior, config.pipeline.model.enhance.feed = "none", "faultless"
+    trainer = config.setup(local_rank=0, world_size=1)
+    trainer.setup()
+    with pytest.raises(AskedFor) as caught:
+        trainer.train()
+    tests = {Path(path).name for path in trainer.pipeline.datamanager.eval_dataset.image_filenames}
+    everything = {path.name for path in (config.data / "images").iterdir()}
+    names = {Path(name).name for name in caught.value.args}
+    assert tests
+    assert names == everything - tests
 
 
 def test_without_prior_no_round_runs(config: TrainerConfig) -> None:

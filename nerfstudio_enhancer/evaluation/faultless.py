@@ -1,0 +1,70 @@
+"""The ceiling of any prior on the paths of a run: what splats of all photographs but the test views show there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+import torch
+from jaxtyping import Float
+from nerfstudio.cameras.cameras import Cameras
+from torch import Tensor
+
+from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, train_on_all
+from nerfstudio_enhancer.pairs.path_runs import World, read_whole_splats, store_whole_splats
+from nerfstudio_enhancer.rendering import render_clip
+from nerfstudio_enhancer.scene.capture import read_capture
+
+if TYPE_CHECKING:
+    from nerfstudio.engine.trainer import Trainer
+
+    from nerfstudio_enhancer.datamanager import EnhancerDataManager
+
+SPLATS_FILE = "whole_splats.ckpt"
+"""Beside the run's folder, so that runs of the same references share it."""
+STEPS_PER_STEP = 2.4
+"""Training steps of these splats for each one of the run: many photographs take longer."""
+
+
+class FaultlessFrames:
+    """Frames as splats of references and unused views show them."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        """Read these splats, or train them first.
+
+        Args:
+            trainer: of the run; its references and unused views are what the splats learn from, never its test views.
+        """
+        path = Path(trainer.base_dir).parent / SPLATS_FILE
+        if not path.is_file():
+            datamanager = cast("EnhancerDataManager", trainer.pipeline.datamanager)
+            photographs = (*datamanager.train_dataset.image_filenames, *datamanager.unused_views().image_filenames)
+            data = Path(cast(Path, trainer.config.data or datamanager.config.data))
+            names = names_in_capture(data, photographs)
+            size = datamanager.config.max_image_size or 0
+            steps = round(STEPS_PER_STEP * _whole_length(trainer))
+            scene = WholeScene(data, path, len(names), steps, size, seed=0)
+            with torch.random.fork_rng():  # the run goes on as if nothing had been trained beside it
+                store_whole_splats(train_on_all(scene, names), path)
+        self._whole = read_whole_splats(path, trainer)
+        self._world = World.of(trainer)
+
+    def __call__(self, cameras: Cameras) -> Float[Tensor, "t h w 3"]:
+        """What they show at cameras of the run's world; sRGB in [0, 1]."""
+        there = cameras[:]
+        poses = self._whole.world.poses_from(self._world, cameras.camera_to_worlds)
+        there.camera_to_worlds = poses.to(cameras.camera_to_worlds)
+        return render_clip(self._whole.model, there.to(self._whole.model.device)).rgb
+
+
+def names_in_capture(data: Path, photographs: Sequence[Path]) -> tuple[str, ...]:
+    """The names by which a capture knows photographs, in its order."""
+    wanted = {path.as_posix() for path in photographs}
+    names = (frame.name for frame in read_capture(data).frames)
+    return tuple(name for name in names if any(path.endswith(f"/{name}") for path in wanted))
+
+
+def _whole_length(trainer: Trainer) -> int:
+    """Steps of the whole run, also where it goes on from a checkpoint."""
+    return trainer.config.max_num_iterations + getattr(trainer, "_start_step", 0)
