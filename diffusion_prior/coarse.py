@@ -93,8 +93,8 @@ class CoarseRepair(ModelMixin, ConfigMixin):
         return STEP * torch.stack(said).mean(dim=0)
 
     def believed(self, told: Float[Tensor, "n c h w"], missing: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
-        """How much of it is added, in [0, 1]."""
-        return torch.sigmoid(self.gate(torch.cat([told, missing], dim=1)))
+        """How much of it is added, in [0, 1]: what the gate says, and nothing where a reference sees what is shown."""
+        return unseen(told) * torch.sigmoid(self.gate(torch.cat([told, missing], dim=1)))
 
     @torch.no_grad()
     def repaired(self, clip: ConditionClip) -> ConditionClip:
@@ -108,6 +108,12 @@ class CoarseRepair(ModelMixin, ConfigMixin):
         rgb = (clip.rgb + change).clamp(0, 1)
         rgb[0], rgb[-1] = clip.rgb[0], clip.rgb[-1]
         return replace(clip, rgb=rgb)
+
+
+def unseen(told: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 h w"]:
+    """Of a coarse condition: 1 where no warped reference sees what the render shows, 0 where one does."""
+    seen = told[:, COARSE_CHANNELS + WARP_CHANNELS - 1 :: WARP_CHANNELS]
+    return 1 - seen.amax(dim=1, keepdim=True) if seen.shape[1] else torch.ones_like(told[:, :1])
 
 
 def coarse_size(height: int, width: int, side: int) -> tuple[int, int]:
