@@ -82,9 +82,10 @@ class CoarseRepair(ModelMixin, ConfigMixin):
         if clip.warped is not None:
             given = clip.warped[:, :channels]
             warped[:, : given.shape[1]] = given
-        return coarse_condition(
+        told = coarse_condition(
             clip.rgb[None], clip.alpha[None], clip.disparity[None], warped[None], self.config["side"]
         )[0]
+        return told.to(next(self.parameters()))
 
     def missing(self, told: Float[Tensor, "n c h w"], member: int | None = None) -> Float[Tensor, "n 3 h w"]:
         """What has to be added to the renders, as one network says, or all of them in the mean."""
@@ -99,15 +100,31 @@ class CoarseRepair(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def repaired(self, clip: ConditionClip) -> ConditionClip:
         """The clip with its renders mended; the references at its ends stay as they are, bit for bit."""
-        own = next(self.parameters())
-        told = self.condition(clip).to(own)
+        told = self.condition(clip)
         missing = self.missing(told)
-        change = (self.believed(told, missing) * missing).to(clip.rgb)
-        size = clip.rgb.shape[-2:]
-        change = F.interpolate(change, size=size, mode="bicubic", align_corners=False)
-        rgb = (clip.rgb + change).clamp(0, 1)
+        rgb = (clip.rgb + _enlarged(self.believed(told, missing) * missing, clip.rgb)).clamp(0, 1)
         rgb[0], rgb[-1] = clip.rgb[0], clip.rgb[-1]
         return replace(clip, rgb=rgb)
+
+    @torch.no_grad()
+    def anchored(self, frames: Float[Tensor, "t 3 h w"], repaired: ConditionClip) -> Float[Tensor, "t 3 h w"]:
+        """Frames that were made of a repaired clip, with its large shapes where no reference sees what is shown.
+
+        A decoder adds detail, and draws colours back to what it would have made of the clip unmended.
+
+        Args:
+            frames: in [0, 1].
+            repaired: what `repaired` gave.
+        """
+        side = self.config["side"]
+        told = self.condition(repaired)
+        astray = told[:, :3] - shrunk(frames[None].to(told), side)[0]
+        return (frames + _enlarged(unseen(told) * astray, frames)).clamp(0, 1)
+
+
+def _enlarged(small: Float[Tensor, "t 3 h w"], like: Float[Tensor, "t 3 h2 w2"]) -> Float[Tensor, "t 3 h2 w2"]:
+    """Small pictures at the size, in the type and on the device of others."""
+    return F.interpolate(small, size=like.shape[-2:], mode="bicubic", align_corners=False).to(like)
 
 
 def unseen(told: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 h w"]:

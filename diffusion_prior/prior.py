@@ -270,10 +270,13 @@ class VideoPrior:
             ValueError: where a pose-conditioned prior gets a clip without poses or field of view.
             OutOfDeviceMemory: naming the ways to need less.
         """
-        if self.coarse is not None and self.sampling.coarse:
-            with self._resident("coarse"):
-                clip = self.coarse.repaired(clip)
-        return EnhancedClip(rgb=self.sample(clip, generator))
+        if self.coarse is None or not self.sampling.coarse:
+            return EnhancedClip(rgb=self.sample(clip, generator))
+        with self._resident("coarse"):
+            clip = self.coarse.repaired(clip)
+        frames = self.sample(clip, generator)
+        with self._resident("coarse"):
+            return EnhancedClip(rgb=self.coarse.anchored(frames, clip))
 
     @torch.no_grad()
     def sample(self, clip: ConditionClip, generator: torch.Generator) -> Float[Tensor, "t 3 h w"]:

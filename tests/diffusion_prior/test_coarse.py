@@ -117,6 +117,18 @@ def test_a_clip_without_warped_references_is_one_that_no_reference_sees():
     assert torch.equal(coarse.repaired(clip).rgb, coarse.repaired(seen_nowhere).rgb)
 
 
+def test_frames_keep_their_detail_and_take_the_large_shapes_of_the_repaired_clip_where_nothing_is_seen():
+    clip = random_clip(4, 24, 32)
+    warped = torch.zeros(4, 8, 24, 32)
+    warped[:, 3, :, :16] = 1.0
+    repaired = type(clip)(torch.full_like(clip.rgb, 0.6), clip.alpha, clip.disparity, warped=warped)
+    detail = torch.tensor([-0.1, 0.1]).repeat(16)  # gone in small pictures, whose pixels are 4 wide
+    frames = 0.5 + detail.expand(4, 3, 24, 32)
+    anchored = small().anchored(frames, repaired)
+    torch.testing.assert_close(anchored[..., :8], frames[..., :8], atol=1e-6, rtol=0)
+    torch.testing.assert_close(anchored[..., 24:], frames[..., 24:] + 0.1, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("changes", "text"), [({"folds": 1}, "folds"), ({"side": 4}, "side")])
 def test_settings_that_cannot_work_are_refused(changes, text):
     with pytest.raises(ValueError, match=text):
@@ -129,7 +141,8 @@ def test_a_prior_mends_the_renders_before_it_samples_unless_told_not_to():
     prior.set_coarse(saying(-0.2, -0.2, believed=0.5))
     assert prior.coarse is not None
     mended = prior.enhance(clip, seeded()).rgb
-    assert torch.equal(mended, prior.sample(prior.coarse.repaired(clip), seeded()))
+    repaired = prior.coarse.repaired(clip)
+    assert torch.equal(mended, prior.coarse.anchored(prior.sample(repaired, seeded()), repaired))
     assert not torch.equal(mended, plain)
     prior.sampling = SamplingConfig(coarse=False)
     assert torch.equal(prior.enhance(clip, seeded()).rgb, plain)
