@@ -494,7 +494,9 @@ PART_CLASSES: dict[str, type[nn.Module]] = {
     "unet": SpatioTemporalUNet,
     "image_encoder": CLIPVisionModelWithProjection,
     "std": SpatialTemporalDecoder,
+    "coarse": CoarseRepair,
 }
+"""The networks by the names of their folders."""
 
 
 def _on_meta(module_class: type[Module], config: Mapping[str, Any], folder: Path) -> Module:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from diffusion_prior.checkpoints import (
     CONFIG_FILE,
+    PART_CLASSES,
     PartReport,
     PriorFolders,
     inspect_part,
@@ -48,7 +49,7 @@ def inspect_prior(name: str) -> PriorReport:
     missing = missing_parts(folders)
     faults = [f"missing: {part}/ has no config" for part in missing]
     reports: dict[str, PartReport] = {}
-    present = [part for part in ("vae", "unet", "image_encoder", "std") if folders.part(part).is_dir()]
+    present = [part for part in PART_CLASSES if folders.part(part).is_dir()]
     for part in present:
         if part in missing:
             continue

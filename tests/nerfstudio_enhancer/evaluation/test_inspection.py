@@ -16,6 +16,8 @@ def test_the_bundled_prior_is_whole(capsys):
     assert "layout B" in text
     assert "float16" in text
     assert "FAULT" not in text
+    parts = [line.split()[0] for line in text.splitlines()[2:7]]
+    assert parts == ["vae", "unet", "image_encoder", "std", "coarse"]
 
 
 @pytest.mark.parametrize(("layout", "frames"), [("A", "26, of 960 x 512 pixels"), ("B", "25, of 512 x 512 pixels")])
