@@ -76,12 +76,7 @@ class CoarseRepair(ModelMixin, ConfigMixin):
 
     def condition(self, clip: ConditionClip) -> Float[Tensor, "t c h2 w2"]:
         """What the networks see of a clip: small pictures of every frame; values in [0, 1]."""
-        frames, _, height, width = clip.rgb.shape
-        channels = WARP_CHANNELS * self.config["warped_references"]
-        warped = clip.rgb.new_zeros(frames, channels, height, width)
-        if clip.warped is not None:
-            given = clip.warped[:, :channels]
-            warped[:, : given.shape[1]] = given
+        warped = clip.warps(self.config["warped_references"])
         told = coarse_condition(
             clip.rgb[None], clip.alpha[None], clip.disparity[None], warped[None], self.config["side"]
         )[0]

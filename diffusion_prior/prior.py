@@ -37,7 +37,7 @@ from diffusion_prior.sampler import SAMPLERS, frame_guidance, guide
 from diffusion_prior.sampling_config import Fit, SamplingConfig
 from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.tiles import Tile, blend_tiles, crop_condition, tile_grid
-from diffusion_prior.types import WARP_CHANNELS, ConditionClip, EnhancedClip
+from diffusion_prior.types import ConditionClip, EnhancedClip
 from diffusion_prior.unet import SpatioTemporalUNet
 
 
@@ -442,13 +442,9 @@ class VideoPrior:
         return [pad_to_multiple(frames.to(self.device, torch.float32), factor, 2 * factor) for frames in images]
 
     def _warped(self, clip: ConditionClip) -> Tensor:
-        """As many warped references as the STD takes, padded like the rest; those that the clip lacks are seen nowhere."""
-        factor, channels = self.latent_factor, WARP_CHANNELS * self.std.config["warped_references"]
-        frames, _, height, width = clip.rgb.shape
-        warped = torch.zeros(frames, channels, height, width, device=self.device)
-        if clip.warped is not None:
-            given = clip.warped[:, :channels]
-            warped[:, : given.shape[1]] = given.to(warped)
+        """As many warped references as the STD takes, padded like the rest."""
+        factor = self.latent_factor
+        warped = clip.warps(self.std.config["warped_references"]).to(self.device, torch.float32)
         return pad_to_multiple(warped, factor, 2 * factor)
 
     def _windows(self, num_frames: int, size: int, overlap: int) -> list[Int[Tensor, " n"]]:

@@ -57,6 +57,16 @@ class ConditionClip:
         """Frames including both references."""
         return self.rgb.shape[0]
 
+    def warps(self, count: int) -> Float[Tensor, "t warps h w"]:
+        """The best `count` warped references; those that the clip lacks are seen nowhere."""
+        frames, _, height, width = self.rgb.shape
+        channels = WARP_CHANNELS * count
+        taken = self.rgb.new_zeros(frames, channels, height, width)
+        if self.warped is not None:
+            given = self.warped[:, :channels]
+            taken[:, : given.shape[1]] = given.to(taken)
+        return taken
+
 
 def _check_warped(warped: Tensor, wanted: tuple[int, int, int]) -> None:
     frames, channels, height, width = warped.shape

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_prior import random_clip
 
-from diffusion_prior.types import ConditionClip
+from diffusion_prior.types import WARP_CHANNELS, ConditionClip
 
 
 def test_a_single_frame_is_no_clip():
@@ -45,3 +45,15 @@ def test_what_the_plugin_imports_loads_neither_diffusers_nor_transformers():
     )
     seen = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert seen.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+def test_as_many_warped_references_as_are_asked_for_come_and_those_that_lack_are_seen_nowhere(count):
+    clip = random_clip()
+    warped = torch.rand(3, 2 * WARP_CHANNELS, 16, 24, generator=torch.Generator().manual_seed(0))
+    taken = dataclasses.replace(clip, warped=warped).warps(count)
+    known = min(count, 2) * WARP_CHANNELS
+    assert taken.shape == (3, count * WARP_CHANNELS, 16, 24)
+    assert torch.equal(taken[:, :known], warped[:, :known])
+    assert not taken[:, known:].any()
+    assert not clip.warps(count).any()
