@@ -74,8 +74,14 @@ class PriorFolders:
     @property
     def needed(self) -> list[str]:
         """Parts without which there is no prior."""
-        parts = {"vae": True, "unet": True, "image_encoder": True, "std": self.has_std, "coarse": self.has_coarse}
-        parts["scheduler"] = not self.ours
+        parts = {
+            "vae": True,
+            "unet": True,
+            "image_encoder": True,
+            "std": self.has_std,
+            "coarse": self.has_coarse,
+            "scheduler": not self.ours,
+        }
         return [part for part, needed in parts.items() if needed]
 
     @property

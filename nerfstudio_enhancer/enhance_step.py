@@ -125,7 +125,7 @@ def enhance_step(
         faultless: frames [t h w 3] at cameras, for `feed="faultless"` only.
 
     Raises:
-        ValueError: fewer than 2 reference views; a prior or oracle that the feed needs is missing.
+        ValueError: fewer than 2 reference views; a prior, an oracle or faultless frames that the feed needs are missing.
     """
     if config.feed == "photographs":
         if oracle is None or not oracle.photographs:
@@ -135,6 +135,8 @@ def enhance_step(
             )
         clips = [_oracle_clip(model, oracle, index) for index in range(len(oracle.photographs))]
     else:
+        if config.feed == "faultless" and faultless is None:
+            raise ValueError("feed='faultless' needs `faultless`, which the rounds of a training give it; got None.")
         clips = _path_clips(model, references, config, prior, generator, on_progress, faultless)
     return _weigh(clips, references, config)
 
@@ -166,7 +168,6 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
         ends = (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered))
         condition = condition_clip(rendered, ends, cameras, sources)
         if config.feed == "faultless":
-            assert faultless is not None
             frames = faultless(cameras).to(rendered.rgb)
         else:
             frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))

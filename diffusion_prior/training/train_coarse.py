@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from diffusion_prior.coarse import CoarseRepair, coarse_condition, shrunk
+from diffusion_prior.coarse import COARSE_CHANNELS, CoarseRepair, coarse_condition, shrunk
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, Gap, to_float
 from diffusion_prior.prior import VideoPrior
 from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
@@ -103,7 +103,8 @@ class CoarseLosses(Losses):
 
     def forward(self, batch: ClipBatch, generator: torch.Generator, progress: float, player: str) -> dict[str, Tensor]:
         """Errors of the small pictures between the references."""
-        fold = batch.fold if isinstance(batch, FoldBatch) else 0
+        assert isinstance(batch, FoldBatch)  # without its fold a network would be asked of what it knows
+        fold = batch.fold
         told, target = self._pictures(batch, generator)
         other = 1 + int(torch.randint(self.coarse.folds - 1, (), generator=generator))
         error = told[:, :3] + self.coarse.missing(told, (fold + other) % self.coarse.folds) - target
@@ -143,8 +144,8 @@ class CoarseLosses(Losses):
 def jittered(told: Float[Tensor, "b t c h w"], factors: Float[Tensor, "b 3"]) -> Float[Tensor, "b t c h w"]:
     """A coarse condition whose colours are multiplied by factors, in every picture alike; what is no colour stays."""
     wide = torch.ones(len(told), told.shape[2], dtype=told.dtype, device=told.device)
-    colours = [0, *range(5, 17, 3), *range(17, told.shape[2], WARP_CHANNELS)]
-    for first in colours:
+    pictures_of_references = range(5, COARSE_CHANNELS, 3)  # behind the render, opacity and disparity
+    for first in (0, *pictures_of_references, *range(COARSE_CHANNELS, told.shape[2], WARP_CHANNELS)):
         wide[:, first : first + 3] = factors
     return told * wide[:, None, :, None, None]
 

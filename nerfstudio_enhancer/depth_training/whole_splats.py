@@ -47,7 +47,8 @@ class WholeScene:
     """What is stored of them."""
     max_views: int
     steps: int
-    size: int
+    size: int | None
+    """Longest side of the photographs in pixels; None keeps them as they are."""
     seed: int
 
 

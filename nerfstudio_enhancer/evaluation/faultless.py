@@ -42,9 +42,8 @@ class FaultlessFrames:
             photographs = (*datamanager.train_dataset.image_filenames, *datamanager.unused_views().image_filenames)
             data = Path(cast(Path, trainer.config.data or datamanager.config.data))
             names = names_in_capture(data, photographs)
-            size = datamanager.config.max_image_size or 0
             steps = round(STEPS_PER_STEP * _whole_length(trainer))
-            scene = WholeScene(data, path, len(names), steps, size, seed=0)
+            scene = WholeScene(data, path, len(names), steps, datamanager.config.max_image_size, seed=0)
             with torch.random.fork_rng():  # the run goes on as if nothing had been trained beside it
                 store_whole_splats(train_on_all(scene, names), path)
         self._whole = read_whole_splats(path, trainer)

@@ -10,11 +10,10 @@ if TYPE_CHECKING:
     from nerfstudio.engine.trainer import TrainerConfig
 
     from nerfstudio_enhancer.datamanager import EnhancerDataManagerConfig
+    from nerfstudio_enhancer.enhance_step import Feed
     from nerfstudio_enhancer.initial_splats import SeedSource
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
-
-Feed = Literal["enhanced", "renders", "mean-filled", "blurred", "photographs", "faultless"]
 
 Addition = Literal["background", "depth", "regularisation"]
 ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation")

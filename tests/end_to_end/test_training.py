@@ -175,9 +175,11 @@ def test_the_ceiling_of_a_prior_learns_from_every_photograph_but_the_test_views(
         pass
 
     def asked_for(scene, names):
+        assert scene.size is None  # as the run itself: at full size
         raise AskedFor(*names)
 
     monkeypatch.setattr("nerfstudio_enhancer.evaluation.faultless.train_on_all", asked_for)
+    config.pipeline.datamanager.max_image_size = None
     config.pipeline.model.enhance.prior, config.pipeline.model.enhance.feed = "none", "faultless"
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()

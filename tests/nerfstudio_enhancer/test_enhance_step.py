@@ -1,9 +1,10 @@
 """What the prior is told of a rendered clip."""
 
+import pytest
 import torch
 from walls import DISTANCE, SIZE, cameras, wall
 
-from nerfstudio_enhancer.enhance_step import condition_clip, view_need
+from nerfstudio_enhancer.enhance_step import EnhanceConfig, References, condition_clip, enhance_step, view_need
 from nerfstudio_enhancer.rendering import RenderedClip
 
 
@@ -46,3 +47,9 @@ def test_a_view_is_needed_by_what_no_reference_sees_of_it():
     assert view_need(clip, (0.25, 0.75)).tolist() == [0.0, 0.5, 1.0]
     assert view_need(clip, (0.0, 0.5)).tolist() == [0.0, 1.0, 1.0]
     assert view_need(clip, (0.0, 0.0)).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_faultless_frames_that_nobody_gave_are_asked_for():
+    references = References(list(wall(0.0, 1.0).photographs), cameras(0.0, 1.0))
+    with pytest.raises(ValueError, match="needs `faultless`"):
+        enhance_step(None, references, EnhanceConfig(feed="faultless"), None, torch.Generator())
