@@ -43,7 +43,7 @@ class CoarseRepair(ModelMixin, ConfigMixin):
         side: int = 40,
         folds: int = 4,
         warped_references: int = 2,
-        widths: Sequence[int] = (32, 64, 128, 192),
+        widths: Sequence[int] = (16, 32, 64, 128),
         gate_widths: Sequence[int] = (16, 32, 48),
         dropout: float = 0.1,
     ) -> None:
@@ -89,8 +89,8 @@ class CoarseRepair(ModelMixin, ConfigMixin):
         return STEP * torch.stack(said).mean(dim=0)
 
     def believed(self, told: Float[Tensor, "n c h w"], missing: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
-        """How much of it is added, in [0, 1]: what the gate says, and nothing where a reference sees what is shown."""
-        return unseen(told) * torch.sigmoid(self.gate(torch.cat([told, missing], dim=1)))
+        """How much of it is added, in [0, 1]: what the gate says, which is told where a reference sees what is shown."""
+        return torch.sigmoid(self.gate(torch.cat([told, missing], dim=1)))
 
     @torch.no_grad()
     def repaired(self, clip: ConditionClip) -> ConditionClip:
@@ -188,7 +188,7 @@ class SmallUNet(nn.Module):
 
     def forward(self, told: Float[Tensor, "n c h w"]) -> Float[Tensor, "n o h w"]:
         """Of values in [0, 1]."""
-        hidden = self.conv_in(told * 2 - 1)
+        hidden = self.conv_in((told * 2 - 1).contiguous(memory_format=torch.channels_last))
         finer = []
         for block, downsample in zip(self.down_blocks, self.downsamplers):
             hidden = block(hidden)

@@ -217,9 +217,8 @@ class VideoPrior:
 
     def set_coarse(self, coarse: CoarseRepair | None) -> None:
         """Mend the renders with another coarse repair from now on, or with none."""
-        if coarse is not None:
-            nn.Module.to(coarse.eval(), device=self.device)
-        self.coarse = coarse
+        self.coarse = None if coarse is None else coarse.eval()
+        self.to(self.device)
 
     def _fit_out(self, module: nn.Module) -> None:
         speed_up(module)

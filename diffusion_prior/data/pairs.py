@@ -103,6 +103,8 @@ class RunHeader:
     before: Int64[Tensor, " n"]
     after: Int64[Tensor, " n"]
     settings: dict[str, Any]
+    sha256: str
+    """Checksum of the pictures' file."""
 
     @property
     def num_frames(self) -> int:
@@ -162,7 +164,7 @@ def read_header(folder: Path) -> RunHeader:
     with safe_open(folder / FRAMES_NAME, framework="pt") as frames:
         _check_names(folder, set(frames.keys()))
         before, after = frames.get_tensor("before"), frames.get_tensor("after")
-    names = ("scene", "num_views", "seed", "steps", "height", "width", "settings")
+    names = ("scene", "num_views", "seed", "steps", "height", "width", "settings", "sha256")
     return RunHeader(folder=folder, before=before, after=after, **{name: meta[name] for name in names})
 
 

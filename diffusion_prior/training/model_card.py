@@ -98,7 +98,8 @@ def _stage(stage: Stage) -> str:
 
 def _loss_table(lines: list[dict[str, Any]]) -> str:
     tenth = max(1, len(lines) // 10)
-    names = [name for name in lines[-1] if name.split("/")[-1] not in NOT_LOSSES]
+    every = dict.fromkeys(name for line in lines for name in line)  # some losses belong to some of the steps
+    names = [name for name in every if name.split("/")[-1] not in NOT_LOSSES]
     rows = [f"| {name} | {_mean(lines[:tenth], name)} | {_mean(lines[-tenth:], name)} |" for name in names]
     return "| loss | first | last |\n|---|---|---|\n" + "\n".join(rows) + "\n"
 

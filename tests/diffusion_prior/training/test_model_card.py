@@ -25,3 +25,11 @@ def test_losses_of_two_players_are_told_apart_from_figures(pairs, tiny_prior, tm
     card = (tmp_path / "MODEL_CARD.md").read_text()
     assert "| discriminator/loss | 3 | 3 |" in card
     assert "Validation" not in card
+
+
+def test_a_loss_that_belongs_to_some_of_the_steps_has_the_mean_of_those(pairs, tiny_prior, tmp_path):
+    lines = [{"step": 1, "seconds": 1.0, "loss": 2.0, "gated_l2": 3.0}, {"step": 2, "seconds": 2.0, "loss": 4.0}]
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    write_model_card(tmp_path / "MODEL_CARD.md", tiny_prior, [Stage("coarse", tmp_path)], pairs)
+    card = (tmp_path / "MODEL_CARD.md").read_text()
+    assert "| gated_l2 | 3 |  |" in card

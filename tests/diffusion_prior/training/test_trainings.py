@@ -19,7 +19,7 @@ from diffusion_prior.prior import build_compact_prior
 from diffusion_prior.training import train_all, train_coarse, train_ldm, train_std, train_vae
 from diffusion_prior.training.config import ScaleConfig
 from diffusion_prior.training.setup import fit_to_prior, fixed_clips
-from diffusion_prior.training.train_coarse import CoarseConfig, CoarseLosses, FoldedClips, jittered
+from diffusion_prior.training.train_coarse import CoarseConfig, CoarseLosses, FoldedClips, jittered, zoom_in
 from diffusion_prior.training.train_ldm import LdmConfig, batch_condition, draw_sigmas
 from diffusion_prior.training.train_std import StdConfig, StdLosses, sample_batch
 from diffusion_prior.training.train_vae import VaeConfig
@@ -120,7 +120,7 @@ WHOLE_CLIPS = ClipConfig(num_frames=4, batch_size=2, crop_px=None, size_multiple
 
 
 def coarse_settings(pairs, tiny_prior, output, **changes):
-    values = {"clips": WHOLE_CLIPS, "folds": 2, **changes}
+    values = {"clips": WHOLE_CLIPS, "folds": 2, "gate_every": 1, **changes}
     return settings(CoarseConfig, pairs, tiny_prior, output, **values)
 
 
@@ -159,6 +159,22 @@ def test_a_network_never_learns_from_the_scenes_that_it_leaves_out(other_pairs, 
         learning[batch.fold].update(touched)
         assert losses.coarse.gate.conv_out.bias.grad is not None
     assert learning == {0: {1, 2}, 1: {0, 2}, 2: {0, 1}}
+
+
+def test_the_gate_learns_in_some_of_the_rounds_through_the_folds(other_pairs, tiny_prior, tmp_path):
+    config = coarse_settings(other_pairs, tiny_prior, tmp_path, folds=2, gate_every=3)
+    folded = FoldedClips(find_gaps(other_pairs), config.clips, 0, 2, config.gate_every)
+    losses = CoarseLosses(CoarseRepair(side=16, folds=2, widths=(4, 8)), config, torch.device("cpu"))
+    learnt = []
+    for step in range(8):
+        losses.zero_grad()
+        parts = losses(folded[step], step_generator(0, step), 0.0, "main")
+        parts["loss"].backward()
+        learnt.append(losses.coarse.gate.conv_out.bias.grad is not None)
+        assert ("gated_l2" in parts) == learnt[-1]
+    assert learnt == [True, True, False, False, False, False, True, True]
+    with pytest.raises(ValueError, match="gate_every must be at least 1, got 0"):
+        coarse_settings(other_pairs, tiny_prior, tmp_path, gate_every=0)
 
 
 def test_every_fold_draws_from_scenes_of_its_own(other_pairs):
@@ -202,6 +218,27 @@ def test_colour_jitter_multiplies_every_colour_and_nothing_else():
     changed = jittered(told, factors)[0, 1, :, 0, 0].tolist()
     colour, rest = [0.5, 2.0, 3.0], [1.0, 1.0]
     assert changed == colour + rest + 4 * colour + 2 * [*colour, 1.0]
+
+
+def test_a_zoomed_clip_shows_one_window_in_all_that_lies_in_the_frame_and_whole_references():
+    places = torch.arange(80.0).view(8, 10)
+    told, target = places.repeat(2, 25, 1, 1), places.repeat(2, 3, 1, 1)
+    zoom_in(told, target, 0.5, torch.Generator().manual_seed(3))
+    window = target[0, 0]
+    assert window.min() > 0 or window.max() < 79  # less than the whole
+    assert window.diff(dim=1).min() >= 0  # in their order
+    assert window.diff(dim=0).min() >= 0
+    assert float((window[0, -1] - window[0, 0]).round()) < 9
+    whole = range(5, 14)
+    for channel in range(25):
+        torch.testing.assert_close(told[1, channel], places if channel in whole else window)
+
+
+def test_a_window_of_the_whole_size_changes_nothing():
+    told, target = torch.rand(2, 25, 6, 8), torch.rand(2, 3, 6, 8)
+    before = told.clone(), target.clone()
+    zoom_in(told, target, 1.0, torch.Generator().manual_seed(0))
+    torch.testing.assert_close((told, target), before)
 
 
 def test_the_first_phase_trains_at_the_highest_noise_alone():
