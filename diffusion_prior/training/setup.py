@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from typing import TypeVar
 
@@ -75,6 +76,11 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Wait until all processes are here."""
     PartialState().wait_for_everyone()
+
+
+def main_process_first() -> AbstractContextManager[None]:
+    """What the main process makes inside is there for the others, which enter after it."""
+    return PartialState(cpu=not torch.cuda.is_available()).main_process_first()
 
 
 def log_to_console() -> None:

@@ -27,10 +27,9 @@ from diffusion_prior.training.loop import Losses, Task, Validation, make_acceler
 from diffusion_prior.training.setup import (
     clip_to,
     fixed_clips,
-    is_main_process,
     log_to_console,
+    main_process_first,
     starting_prior,
-    wait_for_everyone,
     write_prior,
 )
 from diffusion_prior.training.validation import condition_clip, judge
@@ -233,11 +232,9 @@ class CoarseTask(Task):
         """Clips of the training scenes, small, fold by fold."""
         config = self.config
         scenes = split_scenes(config.pairs, config.validation_scenes)[0]
-        wanted = (config.pairs, config.output / SMALL_PAIRS_NAME, self.coarse.config["side"], scenes)
-        if is_main_process():
-            small_runs(*wanted)
-        wait_for_everyone()
-        gaps = [gap for header in small_runs(*wanted) for gap in gaps_of(header)]
+        with main_process_first():
+            headers = small_runs(config.pairs, config.output / SMALL_PAIRS_NAME, self.coarse.config["side"], scenes)
+        gaps = [gap for header in headers for gap in gaps_of(header)]
         return FoldedClips(gaps, config.clips, config.seed, config.folds, config.gate_every)
 
     def validate(self) -> Validation:

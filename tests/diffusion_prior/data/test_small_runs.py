@@ -3,11 +3,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from smooth_scenes import write_smooth_scene
 
 from diffusion_prior.data.clips import ClipConfig, ClipDataset, find_gaps
 from diffusion_prior.data.pairs import find_runs, read_run, write_run
 from diffusion_prior.data.small_runs import small_run, small_runs
-from tests.diffusion_prior.training.conftest import write_smooth_scene
 
 
 @pytest.fixture
