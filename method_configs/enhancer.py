@@ -24,6 +24,7 @@ def _full_size() -> MethodSpecification:
         "3dgs-enhancer-svd",
         "3DGS-Enhancer with a prior of the paper's size, Stable Video Diffusion or one trained from it (CUDA).",
         prior=SVD_REPOSITORY,
+        rounds=2,  # each takes minutes
         trajectory=TrajectoryConfig(min_frames=between, max_frames=between, max_total_frames=SVD_PATHS * between),
     )
 
@@ -44,8 +45,11 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
     from nerfstudio_enhancer.trainer import EnhancerTrainerConfig
 
+    # Early and again and again: what one round repairs is what the next one starts from, and splats that train on without
+    # new views learn the few references by heart.
+    rounds = EnhanceConfig(**{"start": STEPS // 3, "every": STEPS // 6, "rounds": 4, **enhance})
     if ON_GPU:
-        model = EnhancerModelConfig(enhance=EnhanceConfig(start=10000, every=5000, rounds=2, **enhance))
+        model = EnhancerModelConfig(enhance=rounds)
     else:
         model = EnhancerModelConfig(
             warmup_length=200,
@@ -55,7 +59,7 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
             stop_split_at=1500,
             stop_screen_size_at=1500,
             densify_grad_thresh=0.0012,
-            enhance=EnhanceConfig(start=2000, every=500, rounds=1, **enhance),
+            enhance=rounds,
         )
     return MethodSpecification(
         config=EnhancerTrainerConfig(

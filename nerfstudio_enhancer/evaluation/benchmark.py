@@ -81,7 +81,7 @@ class Benchmark:
     methods: tuple[str, ...] = MAIN_METHODS
     """Methods to compare. Besides those of the default, ablations of the geometry: background, depth-loss, regularised,
     geometry-depth-loss; and of the rounds: no-warps, no-image-confidence,
-    no-pixel-confidence, no-std, colour-correction, refresh."""
+    no-pixel-confidence, no-std, colour-correction, no-refresh."""
     seeds: tuple[int, ...] = (0,)
     """Seeds of training and seed points."""
     preset: Preset = "default"

@@ -88,10 +88,10 @@ METHODS = {
         feed="enhanced",
         settings={"enhance.sampling.colour_correction": True},
     ),
-    "refresh": Method(
-        "the whole with a second round halfway from the first to the end",
+    "no-refresh": Method(
+        "the whole with its first round alone, whose views are never made anew",
         feed="enhanced",
-        settings={"enhance.rounds": 2},
+        settings={"enhance.rounds": 1},
     ),
     "faultless": Method(
         "ceiling of a prior: what splats of all views but the test views show on the same paths", feed="faultless"

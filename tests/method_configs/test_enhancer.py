@@ -43,19 +43,28 @@ def test_nerfstudio_knows_both_methods():
     assert "Stable Video Diffusion" in all_descriptions[SVD]
 
 
-def test_the_full_size_method_is_the_other_but_for_its_prior_and_the_length_of_its_paths():
+def test_the_full_size_method_is_the_other_but_for_its_prior_its_rounds_and_the_length_of_its_paths():
     small, large = flat(enhancer_method.config), flat(enhancer_svd_method.config)
     assert small.keys() == large.keys()
     enhance = "pipeline.model.enhance"
     assert {name: large[name] for name in small if small[name] != large[name]} == {
         "method_name": SVD,
         f"{enhance}.prior": "stabilityai/stable-video-diffusion-img2vid-xt",
+        f"{enhance}.rounds": 2,
         # 25 frames of a clip, of which two are references
         f"{enhance}.trajectory.min_frames": 23,
         f"{enhance}.trajectory.max_frames": 23,
         # 12 paths of 23
         f"{enhance}.trajectory.max_total_frames": 276,
     }
+
+
+@pytest.mark.parametrize("method", [enhancer_method, enhancer_svd_method])
+def test_the_splats_train_on_after_every_round_at_least_as_long_as_between_two(method):
+    rounds = method.config.pipeline.model.enhance
+    last = rounds.start + (rounds.rounds - 1) * rounds.every
+    assert rounds.start > 0
+    assert last + rounds.every <= method.config.max_num_iterations
 
 
 @pytest.mark.parametrize(("references", "paths"), [(3, 3), (12, 12)])
