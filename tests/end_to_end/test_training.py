@@ -146,6 +146,31 @@ def test_a_run_killed_in_its_round_resumes_from_the_step_before_it(config: Train
     assert views_of(resumed).num_views >= 6
 
 
+def test_a_run_killed_in_its_second_round_makes_that_one_alone_when_resumed(config: TrainerConfig, monkeypatch) -> None:
+    second = START + config.pipeline.model.enhance.every
+    config.pipeline.model.enhance.rounds = 2
+    made = []
+
+    def killed_in_the_second(*args):
+        if made:
+            raise KeyboardInterrupt
+        made.append(1)
+        return enhance_step(*args)
+
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.enhance_step", killed_in_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    run = config.get_base_dir()
+    assert checkpoints(run) == [f"step-{second - 1:09d}.ckpt"]
+    assert list(views_of(run, second).rounds) == [START]
+
+    monkeypatch.undo()
+    config.load_dir, config.timestamp = run / "nerfstudio_models", "resumed"
+    config.max_num_iterations = STEPS - second
+    resumed = train(config)
+    assert {path.name for path in (resumed / "enhanced_views").iterdir()} == {round_folder_name(second)}
+
+
 def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfig, monkeypatch) -> None:
     first = train(config)
     calls = []
