@@ -144,18 +144,19 @@ class Rounds:
         start = getattr(self.trainer, "_start_step", 0)
         if start == 0:
             return
+        found: set[int] = set()
         for folder in dict.fromkeys([_source_folder(self.trainer), self.folder]):
             if folder is not None and folder.is_dir():
-                self.done.update(self.store.load_rounds(folder, up_to_step=start - 1))
-        if self.done:
-            CONSOLE.log(f"Resuming with {self.store.num_views} enhanced views of {len(self.done)} round(s).")
-        missed = [step for step in self.scheduled if step < start and step not in self.done]
-        if missed:
+                found.update(self.store.load_rounds(folder, up_to_step=start - 1))
+        if found:
+            CONSOLE.log(f"Resuming with {self.store.num_views} enhanced views of the round before step {max(found)}.")
+        behind = [step for step in self.scheduled if step < start]
+        self.done.update(found, behind)
+        if behind and max(found, default=0) < behind[-1]:  # of several rounds the newest alone is drawn from
             CONSOLE.log(
-                f"The round(s) before step {', '.join(map(str, missed))} lie behind step {start} and their views are not "
-                "beside the checkpoint: one round is run now in their place."
+                f"The round before step {behind[-1]} lies behind step {start} and its views are not beside the checkpoint: "
+                "one round is run now in its place."
             )
-            self.done.update(missed)
             self.run(start)
 
     def _faultless(self) -> Callable[[Cameras], Float[Tensor, "t h w 3"]]:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -186,6 +187,20 @@ def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfi
     assert not calls
     for saved, taken in zip(views_of(first).rounds[START], seen["views"], strict=True):
         assert torch.equal(saved.rgb, taken.rgb)
+
+
+@pytest.mark.parametrize(("lost", "made_anew"), [("oldest", 0), ("newest", 1)])
+def test_a_resumed_run_needs_the_newest_round_alone(config: TrainerConfig, monkeypatch, lost: str, made_anew: int) -> None:
+    config.pipeline.model.enhance.rounds = 2
+    first = train(config)
+    rounds = sorted((first / "enhanced_views").iterdir())
+    assert len(rounds) == 2
+    shutil.rmtree(rounds[0 if lost == "oldest" else -1])
+    calls = []
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.enhance_step", lambda *args: calls.append(1) or enhance_step(*args))
+    config.load_dir, config.timestamp, config.max_num_iterations = first / "nerfstudio_models", "resumed", 2
+    train(config)
+    assert len(calls) == made_anew
 
 
 @pytest.mark.parametrize("feed", ["renders", "mean-filled", "blurred", "photographs", "faultless"])
