@@ -266,13 +266,18 @@ class VideoPrior:
             generator: source of all randomness; the same state gives the same frames on the same device.
 
         Raises:
-            ValueError: where a pose-conditioned prior gets a clip without poses or field of view.
+            ValueError: where a pose-conditioned prior gets a clip without poses or field of view, or one without coarse repair
+                is told not to sample.
             OutOfDeviceMemory: naming the ways to need less.
         """
+        if self.coarse is None and not self.sampling.diffusion:
+            raise ValueError("`diffusion` must be True for a prior without coarse repair: nothing would be repaired.")
         if self.coarse is None or not self.sampling.coarse:
             return EnhancedClip(rgb=self.sample(clip, generator))
         with self._resident("coarse"):
             clip = self.coarse.repaired(clip)
+        if not self.sampling.diffusion:
+            return EnhancedClip(rgb=clip.rgb)
         frames = self.sample(clip, generator)
         with self._resident("coarse"):
             return EnhancedClip(rgb=self.coarse.anchored(frames, clip))

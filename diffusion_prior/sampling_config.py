@@ -30,6 +30,8 @@ class SamplingConfig:
     """Classifier-free guidance at a clip's last frame; at 1 and 1 the unconditional pass is left out: half the time."""
     coarse: bool = True
     """Mend large shapes of the renders before anything is sampled, where the prior has a coarse repair."""
+    diffusion: bool = True
+    """Sample and decode every clip; False: the coarse repair alone, whose frames take a small part of the time and lack detail."""
     std: bool = True
     """Decode with the spatial-temporal decoder, which sees the renders; False: with the VAE's own."""
     colour_correction: bool | None = None
@@ -56,6 +58,8 @@ class SamplingConfig:
         """
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"`steps` must be at least 1, got {self.steps}.")
+        if not (self.diffusion or self.coarse):
+            raise ValueError("`diffusion` and `coarse` must not both be False: nothing would be repaired.")
         if self.num_frames is not None and self.num_frames < 3:
             raise ValueError(f"`num_frames` must be at least 3 (two references and a render), got {self.num_frames}.")
         if self.frame_size is not None and min(self.frame_size) < 1:

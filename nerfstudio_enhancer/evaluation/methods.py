@@ -80,6 +80,11 @@ METHODS = {
     "no-coarse": Method(
         "the whole without the coarse repair", feed="enhanced", settings={"enhance.sampling.coarse": False}
     ),
+    "no-diffusion": Method(
+        "the whole without diffusion and decoder: the coarse repair alone",
+        feed="enhanced",
+        settings={"enhance.sampling.diffusion": False},
+    ),
     "no-std": Method(
         "the whole without the spatial-temporal decoder", feed="enhanced", settings={"enhance.sampling.std": False}
     ),

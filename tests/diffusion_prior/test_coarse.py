@@ -148,6 +148,19 @@ def test_a_prior_mends_the_renders_before_it_samples_unless_told_not_to():
     assert torch.equal(prior.enhance(clip, seeded()).rgb, plain)
 
 
+def test_the_coarse_repair_alone_samples_nothing(monkeypatch):
+    prior, clip = tiny_prior(), random_clip()
+    prior.sampling = SamplingConfig(diffusion=False)
+    with pytest.raises(ValueError, match="`diffusion` must be True for a prior without coarse repair"):
+        prior.enhance(clip, seeded())
+    prior.set_coarse(saying(-0.2, -0.2, believed=0.5))
+    assert prior.coarse is not None
+    monkeypatch.setattr(prior, "sample", None)
+    assert torch.equal(prior.enhance(clip, seeded()).rgb, prior.coarse.repaired(clip).rgb)
+    with pytest.raises(ValueError, match="`diffusion` and `coarse` must not both be False"):
+        SamplingConfig(diffusion=False, coarse=False)
+
+
 @pytest.fixture
 def folder(tmp_path):
     prior = tiny_prior()

@@ -190,7 +190,9 @@ def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfi
 
 
 @pytest.mark.parametrize(("lost", "made_anew"), [("oldest", 0), ("newest", 1)])
-def test_a_resumed_run_needs_the_newest_round_alone(config: TrainerConfig, monkeypatch, lost: str, made_anew: int) -> None:
+def test_a_resumed_run_needs_the_newest_round_alone(
+    config: TrainerConfig, monkeypatch, lost: str, made_anew: int
+) -> None:
     config.pipeline.model.enhance.rounds = 2
     first = train(config)
     rounds = sorted((first / "enhanced_views").iterdir())

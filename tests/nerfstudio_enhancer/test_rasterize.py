@@ -573,7 +573,7 @@ def test_the_modes_are_those_of_gsplats_signature():
 @pytest.mark.parametrize("rasterize_mode", dispatch.RASTERIZE_MODES)
 @pytest.mark.parametrize("sh_degree", [None, 3])
 @pytest.mark.parametrize("extra", [0, 3])
-def test_native_equals_gsplat_on_cuda(render_mode, rasterize_mode, sh_degree, extra):
+def test_the_cpu_rasteriser_equals_gsplat_on_cuda(render_mode, rasterize_mode, sh_degree, extra):
     if extra and "RGB" not in render_mode:
         extra = 0
     scene = random_scene(400, cameras=2, sh=sh_degree is not None, extra=extra)
