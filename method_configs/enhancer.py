@@ -49,7 +49,7 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
     # new views learn the few references by heart.
     rounds = EnhanceConfig(**{"start": STEPS // 3, "every": STEPS // 6, "rounds": 4, **enhance})
     if ON_GPU:
-        model = EnhancerModelConfig(enhance=rounds)
+        model = EnhancerModelConfig(lpips_start=STEPS // 3, enhance=rounds)
     else:
         model = EnhancerModelConfig(
             warmup_length=200,
@@ -59,6 +59,7 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
             stop_split_at=1500,
             stop_screen_size_at=1500,
             densify_grad_thresh=0.0012,
+            lpips_start=STEPS // 3,
             enhance=rounds,
         )
     return MethodSpecification(

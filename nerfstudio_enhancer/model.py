@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 import torch
 from gsplat.strategy import DefaultStrategy
+from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.lib_bilagrid import BilateralGrid
@@ -77,6 +78,11 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     splatfacto."""
     ray_spread: float = 0.03
     """Weight of the spread of disparity among the splats of one ray: it draws them to one surface. 0 is splatfacto."""
+    lpips_weight: float = 0.1
+    """Weight of LPIPS between splats and reference photographs beside splatfacto's loss: sharper textures, also where nobody
+    took a photograph. It costs time. 0 is splatfacto."""
+    lpips_start: int = 10000
+    """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail."""
     few_views: int = 12
     """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full; with more, which keep splats in place
     themselves, they weaken with the square of the number."""
@@ -366,6 +372,8 @@ class EnhancerModel(SplatfactoModel):
                 known, certainty = _nearest(batch[KNOWN_DEPTH].to(depth), *depth.shape[:2]).split(1, dim=-1)
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
+            if self.config.lpips_weight > 0 and self.step >= self.config.lpips_start:
+                losses["perceptual_loss"] = self.config.lpips_weight * _lpips(*self._compared(outputs, batch))
         if self.config.ray_spread > 0:
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
             losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
@@ -383,11 +391,18 @@ class EnhancerModel(SplatfactoModel):
             )
         }
         if self.config.enhance.lpips_weight > 0:
-            from diffusion_prior.perceptual import lpips_alex
-
-            distance = lpips_alex(*(to_channels_first(image[None]) for image in (rendered, target))).mean()
-            losses["perceptual_loss"] = self.config.enhance.lpips_weight * batch["image_confidence"] * distance
+            weight = self.config.enhance.lpips_weight * batch["image_confidence"]
+            losses["perceptual_loss"] = weight * _lpips(rendered, target)
         return losses
+
+    def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:
+        """Render and reference photograph as splatfacto's loss compares them: on one background, masked parts black in both."""
+        rendered = outputs["rgb"]
+        target = self.composite_with_background(self.get_gt_img(batch["image"]), outputs["background"])
+        if "mask" in batch:
+            mask = self._downscale_if_required(batch["mask"]).to(self.device)
+            return rendered * mask, target * mask
+        return rendered, target
 
 
 def _disparity_moments(means: Tensor, viewmat: Tensor) -> Tensor:
@@ -418,6 +433,10 @@ def _nearest(image: Tensor, height: int, width: int) -> Tensor:
 
 def _ssim_as_splatfacto_calls_it(target: Tensor, rendered: Tensor) -> Tensor:
     return fused_ssim(rendered, target)
+
+
+def _lpips(rendered: Float[Tensor, "h w 3"], target: Float[Tensor, "h w 3"]) -> Float[Tensor, ""]:
+    return _lpips_as_splatfacto_calls_it(*(to_channels_first(image[None]) for image in (target, rendered)))
 
 
 def _lpips_as_splatfacto_calls_it(target: Tensor, rendered: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ SETTINGS = {
     "gaussian_dropout": 0.0,
     "depth_smoothness": 0.05,
     "ray_spread": 0.03,
+    "lpips_weight": 0.0,
 }
 """Many views keep splats in place; only their rays are drawn to one surface, so that expected depth is the surface's."""
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 
-Addition = Literal["background", "depth", "regularisation"]
-ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation")
+Addition = Literal["background", "depth", "regularisation", "perceptual"]
+ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation", "perceptual")
 """What the method adds to splatfacto beside seed points and prior."""
 
 METHOD_NAME = "3dgs-enhancer"
@@ -59,6 +59,9 @@ METHODS = {
     "geometry-depth-loss": Method("every addition and a depth loss of weight 0.1", settings={"depth_weight": 0.1}),
     "no-depth-network": Method("every addition but the prior and the depth network", depth_network=False),
     "geometry": Method("every addition but the prior"),
+    "geometry-no-lpips": Method(
+        "every addition but the prior and LPIPS on references", additions=("background", "depth", "regularisation")
+    ),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
     "feed-blurred": Method("control: blurred renders fed back", feed="blurred"),
@@ -168,8 +171,9 @@ def fit_schedule(config: TrainerConfig, steps: int) -> None:
         raise ValueError(f"a training with a round needs at least 3 steps, got {steps}.")
     scale = steps / config.max_num_iterations
     model = model_of(config)
+    densification = ("warmup_length", "stop_split_at", "stop_screen_size_at")
     for owner, names in (
-        (model, ("warmup_length", "sh_degree_interval", "resolution_schedule", "stop_split_at", "stop_screen_size_at")),
+        (model, (*densification, "sh_degree_interval", "resolution_schedule", "lpips_start")),
         (model.enhance, ("start", "every")),
     ):
         for name in names:
@@ -194,6 +198,8 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
         model.opacity_decay = 1.0
         model.depth_smoothness = 0.0
         model.ray_spread = 0.0
+    if "perceptual" not in additions:
+        model.lpips_weight = 0.0
 
 
 def with_seed_points(config: TrainerConfig, source: SeedSource, depth_network: bool = True) -> None:

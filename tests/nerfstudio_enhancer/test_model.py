@@ -11,6 +11,7 @@ from nerfstudio.models import splatfacto
 from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from torch.testing import assert_close
 
+from diffusion_prior.perceptual import lpips_alex
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.losses import ray_spread
 from nerfstudio_enhancer.model import DISPARITY_MOMENTS, EnhancerModel, EnhancerModelConfig, decay_opacities
@@ -108,6 +109,7 @@ def plain() -> EnhancerModelConfig:
         gaussian_dropout=0.0,
         depth_smoothness=0.0,
         ray_spread=0.0,
+        lpips_weight=0.0,
     )
 
 
@@ -119,6 +121,25 @@ def test_without_prior_and_additions_training_equals_splatfacto() -> None:
     assert ours.num_points == theirs.num_points
     for name, value in theirs.gauss_params.items():
         assert_close(ours.gauss_params[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_lpips_counts_on_references_from_its_start_on_and_not_where_they_are_masked() -> None:
+    config = plain()
+    config.lpips_weight, config.lpips_start = 0.5, 3
+    model = build(config).eval()
+    model.step = 2
+    outputs = model.get_outputs(camera(0))
+    assert "perceptual_loss" not in model.get_loss_dict(outputs, batch(0))
+    model.step = 3
+    on_background = model.composite_with_background(batch(0)["image"], outputs["background"])
+    expected = 0.5 * lpips_alex(*(image.movedim(-1, 0)[None] for image in (outputs["rgb"], on_background))).mean()
+    assert_close(model.get_loss_dict(outputs, batch(0))["perceptual_loss"], expected)
+    masked = {**batch(0), "mask": torch.zeros(SIZE, SIZE, 1)}
+    assert model.get_loss_dict(outputs, masked)["perceptual_loss"] == 0
+    enhanced = {**batch(0), "pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 1.0}
+    shown = (image.movedim(-1, 0)[None] for image in (outputs["rgb"], batch(0)["image"]))
+    expected = config.enhance.lpips_weight * lpips_alex(*shown).mean()  # enhanced views have a weight of their own
+    assert_close(model.get_loss_dict(outputs, enhanced)["perceptual_loss"], expected)
 
 
 @pytest.mark.usefixtures("splatfacto_on_cpu")

@@ -67,6 +67,7 @@ def test_only_methods_with_all_additions_share_the_first_stage():
         "regularised",
         "geometry-depth-loss",
         "no-depth-network",
+        "geometry-no-lpips",
     ]
 
 
