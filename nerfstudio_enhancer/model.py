@@ -83,6 +83,8 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     took a photograph. It costs time. 0 is splatfacto."""
     lpips_start: int = 10000
     """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail."""
+    lpips_every: int = 4
+    """LPIPS counts on references in one of so many steps, so many times as much: it takes about as long as a step of splats."""
     few_views: int = 12
     """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full; with more, which keep splats in place
     themselves, they weaken with the square of the number."""
@@ -105,7 +107,13 @@ class EnhancerModel(SplatfactoModel):
     seed = 0
 
     def populate_modules(self) -> None:
-        """Splatfacto's modules on any device, with metrics that need no download."""
+        """Splatfacto's modules on any device, with metrics that need no download.
+
+        Raises:
+            ValueError: for settings that cannot work.
+        """
+        if self.config.lpips_every < 1:
+            raise ValueError(f"`lpips-every` must be at least 1 step, got {self.config.lpips_every}.")
         self.gauss_params = torch.nn.ParameterDict(self._initial_splats())
         self.camera_optimizer = self.config.camera_optimizer.setup(num_cameras=self.num_train_data, device="cpu")
         self._set_metrics()
@@ -372,8 +380,9 @@ class EnhancerModel(SplatfactoModel):
                 known, certainty = _nearest(batch[KNOWN_DEPTH].to(depth), *depth.shape[:2]).split(1, dim=-1)
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
-            if self.config.lpips_weight > 0 and self.step >= self.config.lpips_start:
-                losses["perceptual_loss"] = self.config.lpips_weight * _lpips(*self._compared(outputs, batch))
+            if self._lpips_is_due():
+                weight = self.config.lpips_weight * self.config.lpips_every
+                losses["perceptual_loss"] = weight * _lpips(*self._compared(outputs, batch))
         if self.config.ray_spread > 0:
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
             losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
@@ -394,6 +403,11 @@ class EnhancerModel(SplatfactoModel):
             weight = self.config.enhance.lpips_weight * batch["image_confidence"]
             losses["perceptual_loss"] = weight * _lpips(rendered, target)
         return losses
+
+    def _lpips_is_due(self) -> bool:
+        """Whether LPIPS counts in this step, where it is one of a reference photograph."""
+        config = self.config
+        return config.lpips_weight > 0 and self.step >= config.lpips_start and self.step % config.lpips_every == 0
 
     def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:
         """Render and reference photograph as splatfacto's loss compares them: on one background, masked parts black in both."""

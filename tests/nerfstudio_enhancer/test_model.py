@@ -125,12 +125,13 @@ def test_without_prior_and_additions_training_equals_splatfacto() -> None:
 
 def test_lpips_counts_on_references_from_its_start_on_and_not_where_they_are_masked() -> None:
     config = plain()
-    config.lpips_weight, config.lpips_start = 0.5, 3
+    config.lpips_weight, config.lpips_start, config.lpips_every = 0.25, 3, 2
     model = build(config).eval()
-    model.step = 2
     outputs = model.get_outputs(camera(0))
-    assert "perceptual_loss" not in model.get_loss_dict(outputs, batch(0))
-    model.step = 3
+    for step in (2, 3):  # before its start; between two of its steps
+        model.step = step
+        assert "perceptual_loss" not in model.get_loss_dict(outputs, batch(0))
+    model.step = 4
     on_background = model.composite_with_background(batch(0)["image"], outputs["background"])
     expected = 0.5 * lpips_alex(*(image.movedim(-1, 0)[None] for image in (outputs["rgb"], on_background))).mean()
     assert_close(model.get_loss_dict(outputs, batch(0))["perceptual_loss"], expected)
@@ -140,6 +141,13 @@ def test_lpips_counts_on_references_from_its_start_on_and_not_where_they_are_mas
     shown = (image.movedim(-1, 0)[None] for image in (outputs["rgb"], batch(0)["image"]))
     expected = config.enhance.lpips_weight * lpips_alex(*shown).mean()  # enhanced views have a weight of their own
     assert_close(model.get_loss_dict(outputs, enhanced)["perceptual_loss"], expected)
+
+
+def test_an_interval_of_no_step_is_refused() -> None:
+    config = plain()
+    config.lpips_every = 0
+    with pytest.raises(ValueError, match="`lpips-every` must be at least 1 step, got 0"):
+        build(config)
 
 
 @pytest.mark.usefixtures("splatfacto_on_cpu")
