@@ -270,8 +270,7 @@ class VideoPrior:
                 is told not to sample.
             OutOfDeviceMemory: naming the ways to need less.
         """
-        if self.coarse is None and not self.sampling.diffusion:
-            raise ValueError("`diffusion` must be True for a prior without coarse repair: nothing would be repaired.")
+        self.sampling.check_against(has_coarse=self.coarse is not None)
         if self.coarse is None or not self.sampling.coarse:
             return EnhancedClip(rgb=self.sample(clip, generator))
         with self._resident("coarse"):

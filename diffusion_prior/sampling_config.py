@@ -64,3 +64,15 @@ class SamplingConfig:
             raise ValueError(f"`num_frames` must be at least 3 (two references and a render), got {self.num_frames}.")
         if self.frame_size is not None and min(self.frame_size) < 1:
             raise ValueError(f"`frame_size` must be positive, got {self.frame_size} (height, width) pixels.")
+
+    def check_against(self, has_coarse: bool) -> None:
+        """Refuse to sample nothing from a prior that cannot repair without it.
+
+        Args:
+            has_coarse: whether the prior has a coarse repair.
+
+        Raises:
+            ValueError: where nothing would be repaired.
+        """
+        if not (self.diffusion or has_coarse):
+            raise ValueError("`diffusion` must be True for a prior without coarse repair: nothing would be repaired.")

@@ -24,15 +24,15 @@ class LazyPrior:
         self._prior: VideoPrior | None = None
 
     def find(self) -> None:
-        """Make sure that the prior is on this machine, without reading it: a hub repository is fetched into the hub's cache.
+        """Make sure that the prior is here and can do what is asked, without reading it; a hub repository is fetched.
 
         Raises:
-            ValueError: unknown name.
+            ValueError: unknown name, or `sampling.diffusion` off for a prior without coarse repair.
             FileNotFoundError: a hub repository that cannot be fetched, with the ways out.
         """
         from diffusion_prior.checkpoints import resolve
 
-        resolve(self.name)
+        self.sampling.check_against(resolve(self.name).has_coarse)
 
     def enhance(self, clip: ConditionClip, generator: torch.Generator) -> EnhancedClip:
         """Repair a clip; see `diffusion_prior.prior.VideoPrior.enhance`.
