@@ -243,10 +243,6 @@ class CoarseTask(Task):
         metrics, sheet = judge(self._validation, predictors)
         return Validation(metrics, sheet)
 
-    def finish(self) -> VideoPrior:
-        """The prior with the trained coarse repair."""
-        return self.prior
-
     def _mend(self, clip: ClipBatch, number: int) -> Tensor:
         return self.coarse.repaired(condition_clip(clip)).rgb.cpu()
 

@@ -148,10 +148,6 @@ class LdmTask(Task):
         metrics, sheet = judge(self._validation, {"sampled": self._sample, "ceiling": self._reconstruct})
         return Validation(metrics, sheet)
 
-    def finish(self) -> VideoPrior:
-        """The prior with the trained networks."""
-        return self.prior
-
     def _sample(self, clip: ClipBatch, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(number)
         return self.prior.decode_stock(self.prior.predict_latents(condition_clip(clip), generator)).cpu()

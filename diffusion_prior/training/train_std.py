@@ -189,10 +189,6 @@ class StdTask(Task):
         metrics, sheet = judge(self._validation, predictors)
         return Validation(metrics, sheet)
 
-    def finish(self) -> VideoPrior:
-        """The prior with the trained decoder."""
-        return self.prior
-
     def _latents_of(self, clip: ClipBatch, number: int) -> Tensor:
         return self.prior.predict_latents(condition_clip(clip), torch.Generator().manual_seed(number))
 
