@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from nerfstudio.configs.base_config import LoggingConfig, MachineConfig, ViewerConfig
 from nerfstudio.engine.schedulers import ExponentialDecaySchedulerConfig
-from nerfstudio.pipelines.base_pipeline import VanillaPipelineConfig
 from nerfstudio.plugins.types import MethodSpecification
 
 ON_GPU = torch.cuda.is_available()
@@ -25,6 +24,7 @@ def _full_size() -> MethodSpecification:
         "3DGS-Enhancer with a prior of the paper's size, Stable Video Diffusion or one trained from it (CUDA).",
         prior=SVD_REPOSITORY,
         rounds=2,  # each takes minutes
+        repair_share=0.0,  # seconds for each test view
         trajectory=TrajectoryConfig(min_frames=between, max_frames=between, max_total_frames=SVD_PATHS * between),
     )
 
@@ -42,6 +42,7 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
     from nerfstudio_enhancer.enhance_step import EnhanceConfig
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.optimizers import FusedAdamConfig
+    from nerfstudio_enhancer.pipeline import EnhancerPipelineConfig
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
     from nerfstudio_enhancer.trainer import EnhancerTrainerConfig
 
@@ -73,7 +74,7 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
             mixed_precision=False,
             machine=MachineConfig(device_type="cuda" if ON_GPU else "cpu"),
             logging=LoggingConfig(steps_per_log=10 if ON_GPU else 50),
-            pipeline=VanillaPipelineConfig(
+            pipeline=EnhancerPipelineConfig(
                 datamanager=EnhancerDataManagerConfig(
                     dataparser=SparseViewsDataParserConfig(),
                     cache_images_type="uint8",

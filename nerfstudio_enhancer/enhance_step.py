@@ -71,6 +71,9 @@ class EnhanceConfig:
     """Paths between and around the reference views."""
     warp_references: bool = True
     """Show the prior the references through the rendered depth, where it takes them."""
+    repair_share: float = 0.4
+    """Share of the prior's picture in the output `repaired` of finished splats, and in what evaluation measures as `repaired_*`
+    beside the splats; the rest is the render. 0 repairs no render."""
     save_frames: bool = True
     """Write the frames and a contact sheet of each round as PNG under the run's folder."""
 
@@ -165,7 +168,10 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
         )
         rendered = render_clip(model, cameras.to(model.device))
         inner = slice(1, -1)
-        ends = (_resized(references.photographs[first], rendered), _resized(references.photographs[last], rendered))
+        ends = (
+            resized_photograph(references.photographs[first], rendered),
+            resized_photograph(references.photographs[last], rendered),
+        )
         condition = condition_clip(rendered, ends, cameras, sources)
         if config.feed == "faultless":
             frames = faultless(cameras).to(rendered.rgb)
@@ -295,7 +301,7 @@ def _frame_differences(clip: _UnweighedClip) -> tuple[float, float] | None:
     return None if ours is None or renders is None else (ours, renders)
 
 
-def _resized(photograph: Float[Tensor, "h w 3"], rendered: RenderedClip) -> Float[Tensor, "H W 3"]:
+def resized_photograph(photograph: Float[Tensor, "h w 3"], rendered: RenderedClip) -> Float[Tensor, "H W 3"]:
     """The photograph at the clip's size (references of one scene may differ in size)."""
     size = rendered.rgb.shape[1:3]
     if photograph.shape[:2] == size:

@@ -9,6 +9,7 @@ import torch
 from gsplat.strategy import DefaultStrategy
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
+from nerfstudio.data.scene_box import OrientedBox
 from nerfstudio.engine.callbacks import TrainingCallback, TrainingCallbackAttributes, TrainingCallbackLocation
 from nerfstudio.model_components.lib_bilagrid import BilateralGrid
 from nerfstudio.models.splatfacto import (
@@ -33,6 +34,7 @@ from nerfstudio_enhancer.losses import (
 )
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
+from nerfstudio_enhancer.render_repair import REPAIRED, RenderRepair, RepairableOutputs
 from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
 from nerfstudio_enhancer.viewer import EnhancerControls
 
@@ -105,6 +107,10 @@ class EnhancerModel(SplatfactoModel):
     reference_mean: Tensor
     """Mean colour of the reference photographs, sRGB in [0, 1]; NaN until a training has read them. [3]"""
     seed = 0
+    repair: RenderRepair | None = None
+    """Repairs renders; given by the pipeline where the settings ask for it."""
+    offers_repair = False
+    """Whether repaired renders are an output by name, for viewer and `ns-render`."""
 
     def populate_modules(self) -> None:
         """Splatfacto's modules on any device, with metrics that need no download.
@@ -306,6 +312,28 @@ class EnhancerModel(SplatfactoModel):
         if with_spread:
             outputs[DISPARITY_MOMENTS] = render[0, ..., 3:5]
         return outputs
+
+    def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
+        """Render one camera (shape [1]), within a box if one is given; see `get_outputs`.
+
+        Where the model repairs renders and `offers_repair`, `repaired` [h w 3] is an output of the whole scene, made when it
+        is asked for.
+        """
+        outputs = super().get_outputs_for_camera(camera, obb_box)
+        repair = self.repair
+        if repair is None or self.training:
+            return outputs
+        return RepairableOutputs(outputs, lambda: repair(self, camera), self.offers_repair)
+
+    def get_image_metrics_and_images(self, outputs, batch) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Splatfacto's figures and picture of the splats and, where renders are repaired, `repaired_*` of the repair."""
+        metrics, images = super().get_image_metrics_and_images(outputs, batch)
+        if isinstance(outputs, RepairableOutputs):
+            repaired = {"rgb": outputs.repaired, "background": outputs["background"]}
+            of_repaired, pictures = super().get_image_metrics_and_images(repaired, batch)
+            metrics |= {f"{REPAIRED}_{name}": value for name, value in of_repaired.items()}
+            images[REPAIRED] = pictures["img"]
+        return metrics, images
 
     def _compose(self, render: Tensor, alpha: Tensor, camera: Cameras, with_depth: bool) -> dict:
         background = self._get_background_color()

@@ -176,6 +176,8 @@ class Rounds:
 def _check(config, num_references: int) -> None:
     if not 0 <= config.ratio <= 1:
         raise ValueError(f"enhance.ratio is a probability in [0, 1], got {config.ratio}.")
+    if not 0 <= config.repair_share <= 1:
+        raise ValueError(f"enhance.repair_share is a share in [0, 1], got {config.repair_share}.")
     low, high = config.unseen_range
     if not (0 <= low < high <= 1 or low == high == 0):
         raise ValueError(

@@ -28,6 +28,7 @@ from nerfstudio_enhancer.evaluation.methods import (
 )
 from nerfstudio_enhancer.initial_splats import share_with_depth
 from nerfstudio_enhancer.jobs import peak_rss_mb
+from nerfstudio_enhancer.render_repair import REPAIRED
 from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.rounds import FLICKER, RENDER_FLICKER, VIEWS_FOLDER, references_of
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
@@ -122,8 +123,8 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     """What `ns-eval` does, on the scene that is in memory already: load the checkpoint, render and measure the test views.
 
     Returns:
-        Means of psnr, ssim and lpips over the test views, their number, the share of their pixels that references see, the
-        seconds it took and the number of splats.
+        Means of psnr, ssim and lpips over the test views, of the splats and (`repaired_*`) of their repaired renders where
+        there are such, their number, the share of their pixels that references see, the seconds it took and the number of splats.
     """
     begin_s = time.monotonic()
     (checkpoint,) = trainer.checkpoint_dir.glob("*.ckpt")
@@ -138,6 +139,7 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
         "psnr": metrics["psnr"],
         "ssim": metrics["ssim"],
         "lpips": metrics["lpips"],
+        **{name: value for name, value in metrics.items() if name.startswith(f"{REPAIRED}_")},
         "test_views": len(list(renders.glob("*_img_*.png"))),
         "splats": state["pipeline"]["_model.gauss_params.means"].shape[0],
         "seen_share": seen,

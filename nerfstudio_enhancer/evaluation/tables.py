@@ -7,6 +7,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from nerfstudio_enhancer.evaluation.methods import METHODS
+from nerfstudio_enhancer.render_repair import REPAIRED
 
 BASELINES = ("splatfacto", "geometry")
 """Methods over which gains are reported."""
@@ -23,14 +24,22 @@ def benchmark_tables(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
     if not cells:
         return "No cell is done yet.\n"
     methods = [method for method in METHODS if any(cell["method"] == method for cell in cells)]
+    repaired = repaired_cells(cells)
     parts = [
         _head(cells, settings),
         "## PSNR / SSIM / LPIPS\n\n" + _figures(cells, methods),
         "## Gains in means over scenes\n\n" + _gains(cells, methods),
+        *(["## Renders repaired by the prior\n\n" + _repaired(cells, repaired)] if repaired else []),
         "## What is seen, mean over scenes\n\n" + _shares(cells, methods),
         "## Seconds and memory, mean over cells\n\n" + _cost(cells, methods),
     ]
     return "\n".join(parts)
+
+
+def repaired_cells(cells: Sequence[Cell]) -> list[Cell]:
+    """Cells whose renders were repaired, with the figures of the repaired renders as their own."""
+    repaired = [cell for cell in cells if all(f"{REPAIRED}_{figure}" in cell for figure in FIGURES)]
+    return [{**cell, **{figure: cell[f"{REPAIRED}_{figure}"] for figure in FIGURES}} for cell in repaired]
 
 
 def mean_of(cells: Sequence[Cell], figure: str) -> float:
@@ -98,6 +107,23 @@ def _gains(cells: Sequence[Cell], methods: Sequence[str]) -> str:
             share = [_share(own, _of(group, "geometry"), _of(group, CEILING))] if with_share else []
             rows.append(["all" if views is None else str(views), method, *gains, *share])
     return text_table([*header, *(["share of the oracle's PSNR gain over geometry"] if with_share else [])], rows)
+
+
+def _repaired(cells: Sequence[Cell], repaired: Sequence[Cell]) -> str:
+    """Repaired renders beside those of the same splats, by scene and number of views."""
+    rows = []
+    for method in sorted({cell["method"] for cell in repaired}):
+        own = _of(repaired, method)
+        places = {_place(cell) for cell in own}
+        splats = [cell for cell in _of(cells, method) if _place(cell) in places]
+        for views in sorted({cell["views"] for cell in own}):
+            before, after = ([cell for cell in group if cell["views"] == views] for group in (splats, own))
+            for scene in sorted({cell["scene"] for cell in after}):
+                of_scene = ([cell for cell in group if cell["scene"] == scene] for group in (before, after))
+                rows.append([method, scene, str(views), *map(_scores, of_scene), MISSING])
+            means = _mean_scores(before), _mean_scores(after)
+            rows.append([method, "**mean**", str(views), *means, _gain(after, before)])
+    return text_table(["method", "scene", "views", "splats", "repaired", "gain"], rows)
 
 
 def _shares(cells: Sequence[Cell], methods: Sequence[str]) -> str:

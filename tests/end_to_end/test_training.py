@@ -94,6 +94,7 @@ def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
     results = json.loads((tmp_path / "eval.json").read_text())["results"]
     assert {"psnr", "ssim", "lpips"} <= results.keys()
     assert np.isfinite([results["psnr"], results["ssim"], results["lpips"]]).all()
+    assert results["repaired_psnr"] != results["psnr"]
 
     ExportGaussianSplat(load_config=run / "config.yml", output_dir=tmp_path / "export").main()
     vertices = PlyData.read(tmp_path / "export" / "splat.ply")["vertex"]
@@ -103,11 +104,15 @@ def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
     assert np.allclose(np.stack([vertices[axis] for axis in "xyz"], -1), means.numpy(), atol=1e-6)
 
     DatasetRender(
-        load_config=run / "config.yml", output_path=tmp_path / "renders", rendered_output_names=["rgb", "confidence"]
+        load_config=run / "config.yml",
+        output_path=tmp_path / "renders",
+        rendered_output_names=["rgb", "confidence", "repaired"],
     ).main()
-    assert (
-        len(list((tmp_path / "renders").rglob("rgb/*"))) == len(list((tmp_path / "renders").rglob("confidence/*"))) > 0
+    rgb, confidence, repaired = (
+        sorted((tmp_path / "renders").rglob(f"{name}/*")) for name in ("rgb", "confidence", "repaired")
     )
+    assert len(rgb) == len(confidence) == len(repaired) > 0
+    assert rgb[0].read_bytes() != repaired[0].read_bytes()
 
     RenderInterpolated(
         load_config=run / "config.yml",
@@ -117,6 +122,22 @@ def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
         pose_source="train",
     ).main()
     assert list((tmp_path / "path").rglob("*.jpg"))
+
+
+def test_splats_are_measured_where_their_prior_is_gone(config: TrainerConfig, tmp_path: Path) -> None:
+    config.pipeline.model.enhance.prior = str(shutil.copytree(config.pipeline.model.enhance.prior, tmp_path / "mine"))
+    run = train(config)
+    shutil.rmtree(tmp_path / "mine")
+    ComputePSNR(load_config=run / "config.yml", output_path=tmp_path / "eval.json").main()
+    results = json.loads((tmp_path / "eval.json").read_text())["results"]
+    assert "psnr" in results
+    assert "repaired_psnr" not in results
+
+
+def test_a_share_that_is_none_is_refused_before_anything_is_trained(config: TrainerConfig) -> None:
+    config.pipeline.model.enhance.repair_share = 1.5
+    with pytest.raises(ValueError, match=r"repair_share is a share in \[0, 1\], got 1.5"):
+        train(config)
 
 
 def test_the_same_seed_gives_the_same_splats(config: TrainerConfig) -> None:

@@ -86,3 +86,14 @@ def test_what_is_seen_is_told_by_method_and_number_of_views():
     ]
     table = benchmark_tables(cells, {}).split("## What is seen")[1]
     assert rows(table, "geometry")[0] == ["geometry", "30 %", "50 %", "60 %", "90 %", "-", "-"]
+
+
+def test_repaired_renders_stand_beside_those_of_the_same_splats():
+    repaired = {"repaired_psnr": 11.5, "repaired_ssim": 0.45, "repaired_lpips": 0.35}
+    cells = [cell("geometry", 10.0), {**cell("3dgs-enhancer", 11.0), **repaired}, cell("3dgs-enhancer", 12.0, seed=1)]
+    table = benchmark_tables(cells, {"preset": "quick"})
+    assert rows(table, "3dgs-enhancer | garden") == [
+        ["3dgs-enhancer", "garden", "3", "11.00 / 0.500 / 0.400", "11.50 / 0.450 / 0.350", "-"]
+    ]
+    assert rows(table, r"3dgs-enhancer | **mean**")[0][-1] == "+0.50 / -0.050 / -0.050"
+    assert "repaired" not in benchmark_tables(cells[:1], {"preset": "quick"})
