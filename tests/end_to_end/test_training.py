@@ -124,6 +124,26 @@ def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
     assert list((tmp_path / "path").rglob("*.jpg"))
 
 
+def test_repaired_renders_are_measured_in_training_and_offered_by_name_afterwards_alone(config: TrainerConfig) -> None:
+    for mode, offered in (("val", False), ("test", True)):
+        pipeline = config.pipeline.setup(device="cpu", test_mode=mode)
+        pipeline.eval()
+        camera, batch = next(iter(pipeline.datamanager.fixed_indices_eval_dataloader))
+        with torch.no_grad():
+            outputs = pipeline.model.get_outputs_for_camera(camera)
+            metrics, images = pipeline.model.get_image_metrics_and_images(outputs, batch)
+        assert ("repaired" in outputs) is offered
+        assert {"repaired_psnr", "repaired_ssim", "repaired_lpips"} <= metrics.keys()
+        assert images["repaired"].shape == images["img"].shape
+
+
+@pytest.mark.parametrize("setting", [{"repair_share": 0.0}, {"prior": "none"}, {"feed": "renders"}])
+def test_nothing_is_repaired_where_nothing_asks_for_it(config: TrainerConfig, setting: dict) -> None:
+    for name, value in setting.items():
+        setattr(config.pipeline.model.enhance, name, value)
+    assert config.pipeline.setup(device="cpu", test_mode="test").model.repair is None
+
+
 def test_splats_are_measured_where_their_prior_is_gone(config: TrainerConfig, tmp_path: Path) -> None:
     config.pipeline.model.enhance.prior = str(shutil.copytree(config.pipeline.model.enhance.prior, tmp_path / "mine"))
     run = train(config)
