@@ -1,6 +1,6 @@
 """The last stage: the prior repairs what the splats show at any camera, as an output of its own beside `rgb`.
 
-Difix3D+ (Wu et al., CVPR 2025, section 4.3) repairs renders after training too. Splats average what enhanced views say, and
+Difix3D+ (Wu et al., CVPR 2025) repairs renders after training too. Splats average what enhanced views say, and
 lose their detail; a render that is repaired itself keeps it, but no longer agrees with its neighbours by construction.
 """
 
@@ -52,12 +52,11 @@ class RenderRepair:
         references = self._references
         nearest = nearest_references(camera, references.cameras)
         first, last = nearest[0], nearest[min(1, len(nearest) - 1)]
-        ends = (references.cameras[first : first + 1], references.cameras[last : last + 1])
-        cameras = _between(camera, *ends)
+        cameras = _between(camera, references.cameras[first : first + 1], references.cameras[last : last + 1])
         rendered = render_clip(model, cameras.to(model.device))
-        photographs = (resized_photograph(references.photographs[index], rendered) for index in (first, last))
+        before, after = (resized_photograph(references.photographs[index], rendered) for index in (first, last))
         sources = self._warp_sources(model, references) if self._config.warp_references else None
-        condition = condition_clip(rendered, (next(photographs), next(photographs)), cameras, sources)
+        condition = condition_clip(rendered, (before, after), cameras, sources)
         enhanced = self._prior.enhance(condition, step_generator(model.seed, 0, REPAIRED)).rgb
         return torch.lerp(rendered.rgb[1], to_channels_last(enhanced)[1].to(rendered.rgb), self._config.repair_share)
 
