@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -87,38 +87,59 @@ def estimate_memory(
         width: of the frames that are sampled.
         preset: what is given up.
     """
+    return next(estimate_presets(prior, num_frames, height, width, [preset]))
+
+
+def estimate_presets(
+    prior: VideoPrior, num_frames: int, height: int, width: int, presets: Iterable[MemoryPreset]
+) -> Iterator[MemoryEstimate]:
+    """`estimate_memory` of one clip under several presets, each when it is asked for; what they share is counted once."""
     factor = prior.latent_factor
     rows, columns = (max(2, -(-side // factor)) for side in (height, width))
     pictures = num_frames * rows * columns * factor**2 * (5 + prior.std.condition_channels) * 4
     window = min(num_frames, prior.effective_config.num_frames)
     tile = prior._latent_tile or (rows, columns)
-    decoded = min(window, preset.decode_frames or window)
-    side = preset.decode_tile_px and max(1, preset.decode_tile_px // factor)
-    work = {
-        "encode": encoding_cost(prior, rows, columns),
-        "embed": embedding_cost(prior, num_frames),
-        "denoise": denoising_cost(prior, window, min(rows, tile[0]), min(columns, tile[1]), preset.slices),
-        "decode": decoding_cost(prior, decoded, min(rows, side or rows), min(columns, side or columns)),
-    }
+    denoised = (window, min(rows, tile[0]), min(columns, tile[1]))
     used = {"encode": prior.vae, "embed": prior.image_encoder, "denoise": prior.unet, "decode": prior.std}
     everything = weight_bytes(prior.modules.values())
-    return MemoryEstimate(
-        **{
-            name: (weight_bytes([used[name]]) if preset.offload else everything)
-            + int(WORKSPACE_FACTOR * cost.peak_bytes)
-            + pictures
-            + CONTEXT_BYTES
-            for name, cost in work.items()
+    counted: dict[tuple, Cost] = {}
+
+    def cost(part: Callable[..., Cost], *arguments: int) -> Cost:
+        key = (part, *arguments)
+        if key not in counted:
+            counted[key] = part(prior, *arguments)
+        return counted[key]
+
+    for preset in presets:
+        decoded = min(window, preset.decode_frames or window)
+        side = preset.decode_tile_px and max(1, preset.decode_tile_px // factor)
+        work = {
+            "encode": cost(encoding_cost, rows, columns),
+            "embed": cost(embedding_cost, num_frames),
+            "denoise": cost(denoising_cost, *denoised, preset.slices),
+            "decode": cost(decoding_cost, decoded, min(rows, side or rows), min(columns, side or columns)),
         }
-    )
+        yield MemoryEstimate(
+            **{
+                name: (weight_bytes([used[name]]) if preset.offload else everything)
+                + int(WORKSPACE_FACTOR * cost.peak_bytes)
+                + pictures
+                + CONTEXT_BYTES
+                for name, cost in work.items()
+            }
+        )
 
 
-def choose_preset(prior: VideoPrior, num_frames: int, height: int, width: int, free_bytes: int) -> str:
-    """The first preset whose estimate fits into the free memory; the thriftiest where none does."""
-    for name, preset in PRESETS.items():
-        if estimate_memory(prior, num_frames, height, width, preset).peak <= free_bytes:
-            return name
-    return list(PRESETS)[-1]
+def choose_preset(
+    prior: VideoPrior, num_frames: int, height: int, width: int, free_bytes: int
+) -> tuple[str, MemoryEstimate]:
+    """The first preset whose estimate fits into the free memory, the thriftiest where none does, and its estimate."""
+    *others, thriftiest = PRESETS
+    estimates = estimate_presets(prior, num_frames, height, width, PRESETS.values())
+    for name, estimate in zip(others, estimates):
+        if estimate.peak <= free_bytes:
+            return name, estimate
+    return thriftiest, next(estimates)
 
 
 @contextmanager
@@ -134,8 +155,8 @@ def explain_exhaustion(prior: VideoPrior, clip: ConditionClip) -> Iterator[None]
         if not is_exhaustion(error):
             raise
         height, width = clip.rgb.shape[-2:]
-        estimate = estimate_memory(prior, clip.num_frames, height, width, prior.preset)
-        thrifty = estimate_memory(prior, clip.num_frames, height, width, PRESETS["8gb"])
+        presets = [prior.preset, PRESETS["8gb"]]
+        estimate, thrifty = estimate_presets(prior, clip.num_frames, height, width, presets)
         raise OutOfDeviceMemory(
             f"the GPU's memory is not enough to enhance {clip.num_frames} frames of {width} x {height} pixels: about "
             f"{estimate} are needed as it was run. Ways out: `--pipeline.model.enhance.sampling.memory 8gb` (about "

@@ -20,7 +20,7 @@ from diffusion_prior.memory import (
     denoising_cost,
     embedding_cost,
     encoding_cost,
-    estimate_memory,
+    estimate_presets,
     unet_stand_ins,
 )
 from diffusion_prior.prior import VideoPrior
@@ -150,8 +150,8 @@ def describe(plan: Plan) -> str:
         "",
         "memory preset   GiB at its peak (encode, embed, denoise, decode)",
     ]
-    for name, preset in PRESETS.items():
-        lines.append(f"{name:<15} {estimate_memory(prior, plan.frames, plan.height, plan.width, preset)}")
+    estimates = estimate_presets(prior, plan.frames, plan.height, plan.width, PRESETS.values())
+    lines += [f"{name:<15} {estimate}" for name, estimate in zip(PRESETS, estimates)]
     lines += ["", "card            seconds per clip   seconds per frame"]
     for name, card in CARDS.items():
         time = seconds(clip.total, card, plan.efficiency)

@@ -60,8 +60,9 @@ def _announced(
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     if preset == "auto":
         assert free is not None
-        preset = choose_preset(prior, *size, free)
-    estimate = estimate_memory(prior, *size, PRESETS[preset])
+        preset, estimate = choose_preset(prior, *size, free)
+    else:
+        estimate = estimate_memory(prior, *size, PRESETS[preset])
     text = (
         f"The prior will need about {estimate} for {size[0]} frames of {size[2]} x {size[1]} (memory preset {preset})."
     )

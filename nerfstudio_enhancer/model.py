@@ -32,9 +32,10 @@ from nerfstudio_enhancer.losses import (
     disparity_smoothness,
     ray_spread,
 )
+from nerfstudio_enhancer.names import REPAIRED
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
-from nerfstudio_enhancer.render_repair import REPAIRED, RenderRepair, RepairableOutputs
+from nerfstudio_enhancer.render_repair import RenderRepair, RepairableOutputs
 from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
 from nerfstudio_enhancer.viewer import EnhancerControls
 

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from nerfstudio_enhancer.conventions import to_channels_last
 from nerfstudio_enhancer.enhance_step import EnhanceConfig, Prior, References, condition_clip, resized_photograph
+from nerfstudio_enhancer.names import REPAIRED
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.warping import WarpSources, nearest_references
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModel
-
-REPAIRED = "repaired"
-"""Name of the output, and of what is measured of it."""
 
 
 class RenderRepair:

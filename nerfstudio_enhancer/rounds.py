@@ -18,6 +18,7 @@ from torch import Tensor
 from nerfstudio_enhancer.contact_sheet import write_depth_sheet, write_round_pictures
 from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step, mean_colour
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
+from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
@@ -33,10 +34,6 @@ VIEWS_FOLDER = "enhanced_views"
 
 DEPTH_SHEET = "stereo_depth.png"
 """Picture of the references' stereo depth, in the run's folder."""
-
-
-FLICKER, RENDER_FLICKER = "frame_difference", "render_frame_difference"
-"""Keys of a round's file under which the mean of `warping.frame_difference` over its clips stands."""
 
 
 class Rounds:

@@ -28,9 +28,9 @@ from nerfstudio_enhancer.evaluation.methods import (
 )
 from nerfstudio_enhancer.initial_splats import share_with_depth
 from nerfstudio_enhancer.jobs import peak_rss_mb
-from nerfstudio_enhancer.render_repair import REPAIRED
+from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER, REPAIRED
 from nerfstudio_enhancer.rendering import render_clip
-from nerfstudio_enhancer.rounds import FLICKER, RENDER_FLICKER, VIEWS_FOLDER, references_of
+from nerfstudio_enhancer.rounds import VIEWS_FOLDER, references_of
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
 from nerfstudio_enhancer.warping import WarpSources, seen_share
 

@@ -7,13 +7,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from nerfstudio_enhancer.evaluation.methods import METHODS
-from nerfstudio_enhancer.render_repair import REPAIRED
+from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER, REPAIRED
 
 BASELINES = ("splatfacto", "geometry")
 """Methods over which gains are reported."""
 CEILING = "oracle"
 FIGURES = ("psnr", "ssim", "lpips")
-FLICKER = ("frame_difference", "render_frame_difference")
 MISSING = "-"
 
 Cell = dict[str, Any]
@@ -134,7 +133,7 @@ def _shares(cells: Sequence[Cell], methods: Sequence[str]) -> str:
     for method in methods:
         own = [[cell for cell in _of(told, method) if cell["views"] == k] for k in views]
         shares = [_percent(group, figure) for figure in ("depth_share", "seen_share") for group in own]
-        rows.append([method, *shares, *(_flicker(_of(told, method), figure) for figure in FLICKER)])
+        rows.append([method, *shares, *(_flicker(_of(told, method), figure) for figure in (FLICKER, RENDER_FLICKER))])
     header = [f"{what}, {k} views" for what in ("trusted stereo depth", "seen by a reference") for k in views]
     header += ["frame to frame", "its renders"]
     note = (

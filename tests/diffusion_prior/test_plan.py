@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny_prior import tiny_prior
 
 from diffusion_prior.full_size import full_size_prior
 from diffusion_prior.plan import CARDS, ClipCost, Plan, clip_cost, paper_efficiency, seconds
@@ -16,7 +17,7 @@ def test_the_full_size_prior_has_the_published_parameters_and_takes_no_memory():
 def test_the_parts_of_a_clip_add_up_and_guidance_doubles_the_passes():
     cost = ClipCost(encode=1, embed=2, denoise_pass=10, passes=50, decode=4)
     assert cost.total == 1 + 2 + 500 + 4
-    prior = full_size_prior()
+    prior = tiny_prior()
     small = Plan(frames=2, height=64, width=64, steps=3)
     with_guidance = clip_cost(prior, small)
     without = clip_cost(prior, Plan(frames=2, height=64, width=64, steps=3, guidance=False))

@@ -10,7 +10,8 @@ from walls import DISTANCE, SIZE, cameras, wall
 from diffusion_prior.types import EnhancedClip
 from nerfstudio_enhancer import render_repair, warping
 from nerfstudio_enhancer.enhance_step import EnhanceConfig, References
-from nerfstudio_enhancer.render_repair import REPAIRED, RenderRepair, RepairableOutputs
+from nerfstudio_enhancer.names import REPAIRED
+from nerfstudio_enhancer.render_repair import RenderRepair, RepairableOutputs
 from nerfstudio_enhancer.rendering import RenderedClip
 
 
