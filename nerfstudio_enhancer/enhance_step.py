@@ -77,6 +77,11 @@ class EnhanceConfig:
     save_frames: bool = True
     """Write the frames and a contact sheet of each round as PNG under the run's folder."""
 
+    @property
+    def uses_prior(self) -> bool:
+        """Whether a prior is set and what is fed back needs one."""
+        return self.prior != "none" and self.feed == "enhanced"
+
 
 @runtime_checkable
 class Prior(Protocol):

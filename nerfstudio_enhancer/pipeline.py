@@ -38,7 +38,7 @@ class EnhancerPipeline(VanillaPipeline):
         super().__init__(config, cast("str", device), test_mode, **kwargs)  # its commands pass a torch.device too
         model = cast("EnhancerModel", self.model)
         enhance = model.config.enhance
-        if enhance.repair_share == 0 or enhance.prior == "none" or enhance.feed != "enhanced":
+        if enhance.repair_share == 0 or not enhance.uses_prior:
             return
         prior = LazyPrior(enhance.prior, model.device, enhance.sampling)
         if test_mode != "val":  # a training looks for its prior itself, and does not start without

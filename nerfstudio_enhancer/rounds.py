@@ -57,13 +57,13 @@ class Rounds:
         self._show_depth()
         if self.active:
             self._take_up_rounds()
-        if self.config.feed == "enhanced" and not self.done.issuperset(self.scheduled):
+        if self.config.uses_prior and not self.done.issuperset(self.scheduled):
             self._prior().find()  # before thousands of steps, not after them
 
     @property
     def active(self) -> bool:
         """Whether any round is to run: a prior is set, or the feed is a control that needs none."""
-        return self.config.rounds > 0 and (self.config.prior != "none" or self.config.feed != "enhanced")
+        return self.config.rounds > 0 and (self.config.uses_prior or self.config.feed != "enhanced")
 
     @property
     def scheduled(self) -> list[int]:
