@@ -48,21 +48,17 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
 
     # Early and again and again: what one round repairs is what the next one starts from, and splats that train on without
     # new views learn the few references by heart.
-    rounds = EnhanceConfig(**{"start": STEPS // 3, "every": STEPS // 6, "rounds": 4, **enhance})
-    if ON_GPU:
-        model = EnhancerModelConfig(lpips_start=STEPS // 3, enhance=rounds)
-    else:
-        model = EnhancerModelConfig(
-            warmup_length=200,
-            num_downscales=0,
-            sh_degree=2,
-            sh_degree_interval=600,
-            stop_split_at=1500,
-            stop_screen_size_at=1500,
-            densify_grad_thresh=0.0012,
-            lpips_start=STEPS // 3,
-            enhance=rounds,
-        )
+    rounds = EnhanceConfig(**{"rounds": 4, **enhance})
+    small = {
+        "warmup_length": 200,
+        "num_downscales": 0,
+        "sh_degree": 2,
+        "sh_degree_interval": 600,
+        "stop_split_at": 1500,
+        "stop_screen_size_at": 1500,
+        "densify_grad_thresh": 0.0012,
+    }
+    model = EnhancerModelConfig(enhance=rounds, **({} if ON_GPU else small))
     return MethodSpecification(
         config=EnhancerTrainerConfig(
             method_name=method_name,

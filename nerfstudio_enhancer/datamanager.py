@@ -88,6 +88,22 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
             self._depth_at_reference[index] = depth.to(self.device)
         return self._depth_at_reference[index]
 
+    def reference_photographs(self) -> tuple[InputDataset, list[dict]]:
+        """The references as a training reads them, also where nerfstudio opens no photograph (`inference`)."""
+        if self.test_mode != "inference":
+            return self.train_dataset, self.cached_train
+        config = self.dataparser_config
+        if isinstance(config, SparseViewsDataParserConfig):
+            config = replace(config, seed_points="none")
+        outputs = config.setup().get_dataparser_outputs(split="train")
+        dataset = InputDataset(outputs, self._scale_factor(outputs.cameras))
+        return dataset, self.load_images(dataset)
+
+    def _load_images(self, split: Literal["train", "eval"], cache_images_device: Literal["cpu", "gpu"]) -> list[dict]:
+        # Nerfstudio pins what stays on the CPU for a GPU, also where there is none.
+        on_cpu = torch.device(self.device).type == "cpu"
+        return super()._load_images(split, "gpu" if on_cpu else cache_images_device)
+
     def load_images(self, dataset: InputDataset) -> list[dict]:
         """Read and undistort a dataset's photographs as nerfstudio does for training; updates its cameras in place."""
         kept, self.train_dataset = self.train_dataset, dataset

@@ -13,7 +13,7 @@ from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from diffusion_prior.conditioning import normalised_disparity
+from diffusion_prior.conditioning import SOLID_ALPHA, normalised_disparity
 from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import WARP_CHANNELS, ConditionClip, EnhancedClip
 from nerfstudio_enhancer.confidence import image_confidence, pixel_confidence, reference_agreement
@@ -45,10 +45,10 @@ class EnhanceConfig:
     with holes filled by the references' mean colour, blurred renders, (the oracle) real photographs that are neither
     reference nor test views, or (the ceiling of any prior on the same paths) what splats of all photographs but the test
     views show there."""
-    start: int = 2000
-    """Training step of the first round."""
-    every: int = 500
-    """Training steps between two rounds."""
+    start: int | None = None
+    """Training step of the first round; None: after a third of the training."""
+    every: int | None = None
+    """Training steps between two rounds; None: a sixth of the training."""
     rounds: int = 1
     """Number of rounds; each replaces the enhanced views of the one before it."""
     ratio: float = 0.5
@@ -95,9 +95,13 @@ class References:
     """The reference views at training resolution, undistorted."""
 
     photographs: list[Float[Tensor, "_h _w 3"]]
-    """sRGB in [0, 1]; sizes may differ."""
+    """sRGB in [0, 1]; sizes may differ. What is not usable has the mean colour of the rest."""
     cameras: Cameras
     """Shape [k]."""
+    usable: list[Float[Tensor, "_h _w 1"]] | None = None
+    """1 where a photograph may be used, 0 where a mask or transparency leaves it out; None: everywhere."""
+    transparent: bool = False
+    """Whether any photograph is transparent in part: what stands free is seen, and nothing is behind it."""
 
 
 @dataclass(frozen=True)
@@ -156,13 +160,24 @@ class _UnweighedClip:
     cameras: Cameras
     need: Float[Tensor, " t"]
     agreement: Float[Tensor, "t h w 1"]
+    differences: tuple[float, float] | None
+
+    @classmethod
+    def of(cls, rgb, rendered: RenderedClip, cameras: Cameras, need, agreement) -> _UnweighedClip:
+        """One clip, kept in the CPU's memory: a round has many, and a GPU has its prior to hold."""
+        ours, renders = (
+            frame_difference(shown, rendered.depth, rendered.alpha, cameras) for shown in (rgb, rendered.rgb)
+        )
+        differences = None if ours is None or renders is None else (ours, renders)
+        kept = RenderedClip(**{name: value.cpu() for name, value in vars(rendered).items()})
+        return cls(rgb.cpu(), kept, cameras, need, agreement.cpu(), differences)
 
 
 def _path_clips(model, references, config, prior, generator, on_progress, faultless) -> list[_UnweighedClip]:
     """Render and repair each trajectory; the clips end on reference photographs, which are cut off afterwards."""
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
-    sources = WarpSources.of(model, references.photographs, references.cameras)
+    sources = WarpSources.of(model, references)
     mean = mean_colour(references)
     done = 0
     clips = []
@@ -173,39 +188,41 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
         )
         rendered = render_clip(model, cameras.to(model.device))
         inner = slice(1, -1)
-        ends = (
-            resized_photograph(references.photographs[first], rendered),
-            resized_photograph(references.photographs[last], rendered),
-        )
+        ends = reference_frame(references, first, rendered), reference_frame(references, last, rendered)
         condition = condition_clip(rendered, ends, cameras, sources)
         if config.feed == "faultless":
             frames = faultless(cameras).to(rendered.rgb)
         else:
             frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
-        need = view_need(condition, config.unseen_range)[inner].cpu()
+        need = view_need(condition, config.unseen_range, references.transparent)[inner].cpu()
         agreement = torch.ones_like(middle.alpha)
         if config.reference_agreement and config.feed == "enhanced":
             assert condition.warped is not None
             agreement = reference_agreement(frames[inner].clamp(0, 1), middle.rgb, condition.warped[inner])
             need = need * agreement.mean(dim=(1, 2, 3)).cpu()
-        clips.append(_UnweighedClip(frames[inner], middle, cameras[inner], need, agreement))
+        clips.append(_UnweighedClip.of(frames[inner], middle, cameras[inner], need, agreement))
         done += middle.rgb.shape[0]
         if on_progress is not None:
             on_progress(done, total)
     return clips
 
 
-def view_need(condition: ConditionClip, unseen_range: tuple[float, float]) -> Float[Tensor, " t"]:
+def view_need(
+    condition: ConditionClip, unseen_range: tuple[float, float], transparent: bool = False
+) -> Float[Tensor, " t"]:
     """How much each frame of a clip is needed, by the share of its pixels that no reference sees.
 
     Args:
         condition: with warped references, the best first.
         unseen_range: see `EnhanceConfig.unseen_range`.
+        transparent: whether nothing is where the splats show nothing; only what they show counts then.
     """
     low, high = unseen_range
     assert condition.warped is not None
-    unseen = 1 - condition.warped[:, WARP_CHANNELS - 1].mean(dim=(-2, -1))
+    seen = condition.warped[:, WARP_CHANNELS - 1]
+    shown = (condition.alpha[:, 0] >= SOLID_ALPHA).to(seen) if transparent else torch.ones_like(seen)
+    unseen = ((1 - seen) * shown).sum(dim=(-2, -1)) / shown.sum(dim=(-2, -1)).clamp(min=1)
     return ((unseen - low) / (high - low)).clamp(0, 1) if high > low else torch.ones_like(unseen)
 
 
@@ -229,7 +246,7 @@ def _feed(rendered, condition, config, prior, generator, mean_colour) -> Float[T
 
 def condition_clip(
     rendered: RenderedClip,
-    ends: tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]],
+    ends: tuple[Float[Tensor, "h w 4"], Float[Tensor, "h w 4"]],
     cameras: Cameras,
     sources: WarpSources | None = None,
 ) -> ConditionClip:
@@ -237,19 +254,19 @@ def condition_clip(
 
     Args:
         rendered: what the splats show along the path.
-        ends: photographs of the references at which it begins and ends.
+        ends: `reference_frame` of the references at which it begins and ends.
         cameras: of the frames.
         sources: references to warp into every frame; None warps none.
     """
     rgb, alpha = rendered.rgb.clone(), rendered.alpha.clone()
-    rgb[0], rgb[-1] = ends[0].to(rgb), ends[1].to(rgb)
-    alpha[0] = alpha[-1] = 1.0
+    for at, end in zip((0, -1), ends):
+        rgb[at], alpha[at] = end.to(rgb).split([3, 1], dim=-1)
     warped = None
     if sources is not None:
         warped = warp_references(rendered.depth, rendered.alpha, cameras, sources)
         for at in (0, -1):
             warped[at] = 0
-            warped[at, :3], warped[at, 3] = to_channels_first(rgb[at]), 1.0
+            warped[at, :3], warped[at, 3] = to_channels_first(rgb[at]), alpha[at, ..., 0]
     width, fx = int(cameras.width[0].item()), float(cameras.fx[0].item())
     camera_to_world = torch.linalg.inv(world_to_camera_opencv(as_4x4(cameras.camera_to_worlds.cpu())))
     return ConditionClip(
@@ -266,7 +283,7 @@ def _oracle_clip(model, oracle: References, index: int) -> _UnweighedClip:
     camera = oracle.cameras[index : index + 1]
     rendered = render_clip(model, camera.to(model.device))
     photograph = oracle.photographs[index][None].to(rendered.rgb)
-    return _UnweighedClip(photograph, rendered, camera, torch.ones(1), torch.ones_like(rendered.alpha))
+    return _UnweighedClip.of(photograph, rendered, camera, torch.ones(1), torch.ones_like(rendered.alpha))
 
 
 def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceConfig) -> list[RoundClip]:
@@ -288,30 +305,28 @@ def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceC
         cameras = clip.cameras
         intrinsics = torch.cat([cameras.fx, cameras.fy, cameras.cx, cameras.cy], dim=-1).reshape(count, 4).float().cpu()
         views = EnhancedViews(
-            rgb=clip.rgb.clamp(0, 1).half().cpu(),
-            pixel_confidence=(pixel * clip.agreement).half().cpu(),
+            rgb=clip.rgb.clamp(0, 1).half(),
+            pixel_confidence=(pixel * clip.agreement).half(),
             image_confidence=image[start : start + count].float(),
             need=clip.need.float(),
             camera_to_world=cameras.camera_to_worlds.float().cpu(),
             intrinsics=intrinsics,
+            alpha=clip.rendered.alpha.half() if references.transparent and not trusted else None,
         )
-        out.append(RoundClip(views, clip.rendered.rgb.cpu(), _frame_differences(clip)))
+        out.append(RoundClip(views, clip.rendered.rgb, clip.differences))
         start += count
     return out
 
 
-def _frame_differences(clip: _UnweighedClip) -> tuple[float, float] | None:
-    shown = clip.rendered
-    ours, renders = (frame_difference(rgb, shown.depth, shown.alpha, clip.cameras) for rgb in (clip.rgb, shown.rgb))
-    return None if ours is None or renders is None else (ours, renders)
-
-
-def resized_photograph(photograph: Float[Tensor, "h w 3"], rendered: RenderedClip) -> Float[Tensor, "H W 3"]:
-    """The photograph at the clip's size (references of one scene may differ in size)."""
+def reference_frame(references: References, index: int, rendered: RenderedClip) -> Float[Tensor, "h w 4"]:
+    """A reference at the clip's size (references of one scene may differ in size): r, g, b and usable."""
+    photograph = references.photographs[index]
+    usable = torch.ones_like(photograph[..., :1]) if references.usable is None else references.usable[index]
+    frame = torch.cat([photograph, usable], dim=-1)
     size = rendered.rgb.shape[1:3]
-    if photograph.shape[:2] == size:
-        return photograph
-    resized = F.interpolate(to_channels_first(photograph[None]), size=size, mode="bilinear", antialias=True)
+    if frame.shape[:2] == size:
+        return frame
+    resized = F.interpolate(to_channels_first(frame[None]), size=size, mode="bilinear", antialias=True)
     return to_channels_last(resized)[0]
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 FORMAT_VERSION = 2
 VIEWS_FILE = "views.safetensors"
 META_FILE = "round.json"
+SHOWN_ALPHA = "shown_alpha"
+"""Key of a batch under which `EnhancedViews.alpha` lies, where there is one."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class EnhancedViews:
     """OpenGL axes, nerfstudio world units."""
     intrinsics: Float[Tensor, "t 4"]
     """fx, fy, cx, cy in pixels."""
+    alpha: Float[Tensor, "t h w 1"] | None = None
+    """Opacity of the renders in [0, 1], where references are transparent in part; what is clear there takes the step's background."""
 
     @property
     def num_views(self) -> int:
@@ -109,6 +113,7 @@ class EnhancedViewStore:
                 f"{i:03d}.{name}": getattr(clip, name).contiguous().cpu()
                 for i, clip in enumerate(self.rounds[step])
                 for name in EnhancedViews.__dataclass_fields__
+                if getattr(clip, name) is not None
             }
             save_file(tensors, partial / VIEWS_FILE)
             meta = {
@@ -171,7 +176,13 @@ def _read_clips(path: Path, count: int) -> list[EnhancedViews]:
     try:
         tensors = load_file(path / VIEWS_FILE)
         return [
-            EnhancedViews(**{name: tensors[f"{i:03d}.{name}"] for name in EnhancedViews.__dataclass_fields__})
+            EnhancedViews(
+                **{
+                    name: tensors[f"{i:03d}.{name}"]
+                    for name in EnhancedViews.__dataclass_fields__
+                    if name != "alpha" or f"{i:03d}.{name}" in tensors
+                }
+            )
             for i in range(count)
         ]
     except (OSError, SafetensorError, KeyError) as error:
@@ -197,8 +208,11 @@ def _camera(clip: EnhancedViews, index: int, device: torch.device | str) -> Came
 
 
 def _batch(clip: EnhancedViews, index: int, device: torch.device | str) -> dict:
-    return {
+    batch = {
         "image": clip.rgb[index].to(device).float(),
         "pixel_confidence": clip.pixel_confidence[index].to(device).float(),
         "image_confidence": float(clip.image_confidence[index]),
     }
+    if clip.alpha is not None:
+        batch[SHOWN_ALPHA] = clip.alpha[index].to(device).float()
+    return batch

@@ -26,6 +26,7 @@ from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_opencv
 from nerfstudio_enhancer.datamanager import KNOWN_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
+from nerfstudio_enhancer.enhanced_views import SHOWN_ALPHA
 from nerfstudio_enhancer.losses import (
     confidence_weighted_photometric,
     depth_loss,
@@ -84,8 +85,9 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     lpips_weight: float = 0.1
     """Weight of LPIPS between splats and reference photographs beside splatfacto's loss: sharper textures, also where nobody
     took a photograph. It costs time. 0 is splatfacto."""
-    lpips_start: int = 10000
-    """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail."""
+    lpips_start: int | None = None
+    """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail. None: after a
+    third of the training."""
     lpips_every: int = 4
     """LPIPS counts on references in one of so many steps, so many times as much: it takes about as long as a step of splats."""
     few_views: int = 12
@@ -99,6 +101,13 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     gaussian_dropout: float = 0.1
     """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
+
+    def fit_to(self, steps: int) -> None:
+        """Decide, in place, what is left open (None) of when rounds run and LPIPS counts, for a training of so many steps."""
+        third, sixth = max(1, steps // 3), max(1, steps // 6)
+        self.lpips_start = third if self.lpips_start is None else self.lpips_start
+        self.enhance.start = third if self.enhance.start is None else self.enhance.start
+        self.enhance.every = sixth if self.enhance.every is None else self.enhance.every
 
 
 class EnhancerModel(SplatfactoModel):
@@ -230,6 +239,7 @@ class EnhancerModel(SplatfactoModel):
             return callbacks
         from nerfstudio_enhancer.rounds import Rounds
 
+        self.config.fit_to(trainer.config.max_num_iterations)
         rounds = Rounds(self, cast("EnhancerDataManager", pipeline.datamanager), trainer)
         before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
         return [TrainingCallback([before], rounds.run_if_due), *callbacks]
@@ -251,12 +261,17 @@ class EnhancerModel(SplatfactoModel):
         self.reference_mean.copy_(colour.to(self.reference_mean))
 
     def _get_background_color(self) -> Tensor:
-        if self.config.background_color == "random":
-            if self.training:
-                return torch.rand(3, generator=step_generator(self.seed, self.step, "background")).to(self.device)
-            if self.config.fill_background == "reference-mean" and not torch.isnan(self.reference_mean).any():
-                return self.reference_mean
-        return super()._get_background_color()
+        if self.config.background_color == "random" and self.training:
+            return torch.rand(3, generator=step_generator(self.seed, self.step, "background")).to(self.device)
+        return self._background_of_renders()
+
+    def _background_of_renders(self) -> Tensor:
+        """What evaluation, and so a round, composites the splats on."""
+        if self.config.background_color != "random":
+            return super()._get_background_color()
+        if self.config.fill_background == "reference-mean" and not torch.isnan(self.reference_mean).any():
+            return self.reference_mean
+        return self.background_color.to(self.device)
 
     def get_outputs(self, camera: Cameras) -> dict[str, Tensor | list]:
         """Render one camera (shape [1]) on any device.
@@ -412,7 +427,7 @@ class EnhancerModel(SplatfactoModel):
             if self._lpips_is_due():
                 weight = self.config.lpips_weight * self.config.lpips_every
                 losses["perceptual_loss"] = weight * _lpips(*self._compared(outputs, batch))
-        if self.config.ray_spread > 0:
+        if self.config.ray_spread > 0 and DISPARITY_MOMENTS in outputs:  # not in evaluation
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
             losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
         if self.config.depth_smoothness > 0:
@@ -422,6 +437,10 @@ class EnhancerModel(SplatfactoModel):
 
     def _enhanced_losses(self, outputs, batch) -> dict[str, Tensor]:
         rendered, target = outputs["rgb"], self.get_gt_img(batch["image"])
+        if SHOWN_ALPHA in batch:
+            # Where references are transparent splats must stay so: what shines through them is the step's background.
+            clear = 1 - self._downscale_if_required(batch[SHOWN_ALPHA]).to(self.device)
+            target = (target + clear * (outputs["background"] - self._background_of_renders())).clamp(0, 1)
         confidence = self._downscale_if_required(batch["pixel_confidence"]).to(self.device)
         losses = {
             "main_loss": confidence_weighted_photometric(
@@ -436,7 +455,8 @@ class EnhancerModel(SplatfactoModel):
     def _lpips_is_due(self) -> bool:
         """Whether LPIPS counts in this step, where it is one of a reference photograph."""
         config = self.config
-        return config.lpips_weight > 0 and self.step >= config.lpips_start and self.step % config.lpips_every == 0
+        start = config.lpips_start or 0
+        return config.lpips_weight > 0 and self.step >= start and self.step % config.lpips_every == 0
 
     def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:
         """Render and reference photograph as splatfacto's loss compares them: on one background, masked parts black in both."""

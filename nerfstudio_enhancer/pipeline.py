@@ -48,8 +48,6 @@ class EnhancerPipeline(VanillaPipeline):
                 CONSOLE.log(f"[yellow]No render is repaired: {error}")
                 return
         datamanager = cast("EnhancerDataManager", self.datamanager)
-        model.repair = RenderRepair(
-            enhance, lambda: references_of(datamanager.train_dataset, datamanager.cached_train), prior
-        )
+        model.repair = RenderRepair(enhance, lambda: references_of(*datamanager.reference_photographs()), prior)
         # In a training the viewer draws from a thread of its own, and takes the splats' lock for plain outputs alone.
         model.offers_repair = test_mode != "val"

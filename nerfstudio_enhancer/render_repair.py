@@ -15,7 +15,7 @@ from nerfstudio.cameras.cameras import Cameras, CameraType
 from torch import Tensor
 
 from nerfstudio_enhancer.conventions import to_channels_last
-from nerfstudio_enhancer.enhance_step import EnhanceConfig, Prior, References, condition_clip, resized_photograph
+from nerfstudio_enhancer.enhance_step import EnhanceConfig, Prior, References, condition_clip, reference_frame
 from nerfstudio_enhancer.names import REPAIRED
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.rendering import render_clip
@@ -52,16 +52,16 @@ class RenderRepair:
         first, last = nearest[0], nearest[min(1, len(nearest) - 1)]
         cameras = _between(camera, references.cameras[first : first + 1], references.cameras[last : last + 1])
         rendered = render_clip(model, cameras.to(model.device))
-        before, after = (resized_photograph(references.photographs[index], rendered) for index in (first, last))
+        ends = reference_frame(references, first, rendered), reference_frame(references, last, rendered)
         sources = self._warp_sources(model, references) if self._config.warp_references else None
-        condition = condition_clip(rendered, (before, after), cameras, sources)
+        condition = condition_clip(rendered, ends, cameras, sources)
         enhanced = self._prior.enhance(condition, step_generator(model.seed, 0, REPAIRED)).rgb
         return torch.lerp(rendered.rgb[1], to_channels_last(enhanced)[1].to(rendered.rgb), self._config.repair_share)
 
     def _warp_sources(self, model: EnhancerModel, references: References) -> WarpSources:
         """Depth at the references, rendered anew when the splats have trained on."""
         if self._sources is None or self._sources[0] != model.step:
-            self._sources = model.step, WarpSources.of(model, references.photographs, references.cameras)
+            self._sources = model.step, WarpSources.of(model, references)
         return self._sources[1]
 
 

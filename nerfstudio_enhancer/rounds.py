@@ -56,23 +56,39 @@ class Rounds:
         datamanager.enhanced_ratio = self.config.ratio
         self._show_depth()
         if self.active:
+            self._warn_of_late_rounds()
             self._take_up_rounds()
         if self.config.uses_prior and not self.done.issuperset(self.scheduled):
             self._prior().find()  # before thousands of steps, not after them
 
     @property
+    def feeds(self) -> bool:
+        """Whether rounds can be run: a prior is set, or the feed is a control that needs none."""
+        return self.config.uses_prior or self.config.feed != "enhanced"
+
+    @property
     def active(self) -> bool:
-        """Whether any round is to run: a prior is set, or the feed is a control that needs none."""
-        return self.config.rounds > 0 and (self.config.uses_prior or self.config.feed != "enhanced")
+        """Whether any round is to run by itself."""
+        return self.config.rounds > 0 and self.feeds
 
     @property
     def scheduled(self) -> list[int]:
         """Steps before which a round is to run."""
-        return [self.config.start + i * self.config.every for i in range(self.config.rounds)] if self.active else []
+        if not self.active:
+            return []
+        start, every = self.config.start, self.config.every
+        assert start is not None  # decided by the length of the training, see `fit_to`
+        assert every is not None
+        return [start + i * every for i in range(self.config.rounds)]
 
     def run_if_due(self, step: int) -> None:
         """The training callback: a round of the schedule, or one asked for in the viewer."""
         asked = self.controls.take_request() and step > 0
+        if asked and not self.feeds:
+            CONSOLE.log(
+                "[yellow]No round is run: this is a training without prior (`--pipeline.model.enhance.prior none`)."
+            )
+            asked = False
         if (asked or step in self.scheduled) and step not in self.done:
             self.run(step)
         self.datamanager.enhanced_ratio = self.controls.ratio
@@ -136,6 +152,17 @@ class Rounds:
         except OSError as error:
             CONSOLE.log(f"[yellow]The pictures of the stereo depth could not be written to {path} ({error}).")
 
+    def _warn_of_late_rounds(self) -> None:
+        """Of those that the training ends before, by someone's own numbers of steps."""
+        end = self.trainer.config.max_num_iterations + getattr(self.trainer, "_start_step", 0)
+        late = [step for step in self.scheduled if step >= end]
+        if late:
+            CONSOLE.log(
+                f"[bold yellow]{len(late)} of {self.config.rounds} rounds will not run: they are due before steps "
+                f"{', '.join(map(str, late))}, the training ends with step {end - 1}. Leave out `--pipeline.model.enhance.start` "
+                "and `.every`, and rounds follow the length of the training."
+            )
+
     def _take_up_rounds(self) -> None:
         """Read the rounds of the run that is resumed."""
         start = getattr(self.trainer, "_start_step", 0)
@@ -194,18 +221,34 @@ def _check(config, num_references: int) -> None:
 
 
 def references_of(dataset: InputDataset, cached: list[dict]) -> References:
-    """Photographs and cameras of a dataset that the data manager has read."""
-    return References([_photograph(item["image"]) for item in cached], dataset.cameras)
+    """Photographs and cameras of a dataset that the data manager has read, in the CPU's memory."""
+    read = [_photograph(item) for item in cached]
+    whole = all(bool((usable == 1).all()) for _, usable in read)
+    transparent = any(
+        item["image"].shape[-1] == 4 and bool((_unit(item["image"])[..., 3] < 1).any()) for item in cached
+    )
+    return References(
+        [rgb for rgb, _ in read], dataset.cameras, None if whole else [usable for _, usable in read], transparent
+    )
 
 
-def _photograph(image: Tensor) -> Float[Tensor, "h w 3"]:
-    """To float sRGB; transparent pixels take the photograph's own mean colour, so that they pull nowhere."""
-    image = image.float() / 255 if image.dtype == torch.uint8 else image
-    if image.shape[-1] == 3:
-        return image
-    rgb, alpha = image[..., :3], image[..., 3:]
-    mean = (rgb * alpha).sum((0, 1)) / alpha.sum().clamp(min=1e-6)
-    return rgb * alpha + mean * (1 - alpha)
+def _photograph(item: dict) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 1"]]:
+    """Float sRGB and what of it is usable; the rest takes the photograph's own mean colour, so that it pulls nowhere."""
+    image = _unit(item["image"].cpu())
+    rgb, usable = image[..., :3], torch.ones_like(image[..., :1])
+    if image.shape[-1] == 4:
+        usable = image[..., 3:]
+    if "mask" in item:
+        usable = usable * item["mask"].cpu().reshape(usable.shape)
+    if bool((usable == 1).all()):
+        return rgb, usable
+    mean = (rgb * usable).sum((0, 1)) / usable.sum().clamp(min=1e-6)
+    return rgb * usable + mean * (1 - usable), usable
+
+
+def _unit(image: Tensor) -> Tensor:
+    """As nerfstudio keeps it, in [0, 1]."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image
 
 
 def _flicker(clips: list[RoundClip]) -> dict[str, float]:

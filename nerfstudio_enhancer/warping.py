@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ from nerfstudio_enhancer.projection import NEAREST, back_project, project
 from nerfstudio_enhancer.rendering import render_clip
 
 if TYPE_CHECKING:
+    from nerfstudio_enhancer.enhance_step import References
     from nerfstudio_enhancer.model import EnhancerModel
 
 WARPED_REFERENCES = 2
@@ -42,12 +42,17 @@ class WarpSources:
     """Depth of the splats at the reference, along its optical axis, world units."""
     cameras: Cameras
     """Shape [k], of the photographs' sizes."""
+    usable: list[Float[Tensor, "_h _w 1"]] | None = None
+    """1 where a photograph may be used, 0 where a mask or transparency leaves it out; None: everywhere."""
 
     @classmethod
-    def of(cls, model: EnhancerModel, photographs: Sequence[Tensor], cameras: Cameras) -> WarpSources:
+    def of(cls, model: EnhancerModel, references: References) -> WarpSources:
         """Render the splats' depth at every reference."""
-        rendered = [render_clip(model, cameras[i : i + 1].to(model.device)) for i in range(len(photographs))]
-        return cls([photograph.to(model.device) for photograph in photographs], [r.depth[0] for r in rendered], cameras)
+        device, cameras = model.device, references.cameras
+        photographs = [photograph.to(device) for photograph in references.photographs]
+        depths = [render_clip(model, cameras[i : i + 1].to(device)).depth[0] for i in range(len(photographs))]
+        usable = None if references.usable is None else [usable.to(device) for usable in references.usable]
+        return cls(photographs, depths, cameras, usable)
 
 
 def warp_references(
@@ -134,11 +139,14 @@ def _looked_up(points: Float[Tensor, "h w 3"], index: int, sources: WarpSources)
     pixel, depth = project(points, _intrinsics(camera), world_to_camera_opencv(camera.camera_to_worlds.cpu())[0])
     height, width = photograph.shape[:2]
     grid = pixel / pixel.new_tensor([width, height]) * 2 - 1
-    images = torch.cat([photograph, sources.depths[index]], dim=-1).permute(2, 0, 1)[None]
-    colour, shown = F.grid_sample(images, grid[None], padding_mode="border", align_corners=False)[0].split([3, 1])
+    shown = sources.depths[index]
+    usable = torch.ones_like(shown) if sources.usable is None else sources.usable[index]
+    images = torch.cat([photograph, shown, usable], dim=-1).permute(2, 0, 1)[None]
+    sampled = F.grid_sample(images, grid[None], padding_mode="border", align_corners=False)[0]
+    colour, shown, usable = sampled.split([3, 1, 1])
     inside = (grid.abs().amax(-1) <= 1) & (depth > NEAREST)
     difference = (shown[0] / depth.clamp(min=NEAREST) - 1) / DEPTH_TOLERANCE
-    return torch.cat([colour, (inside / (1 + difference**2))[None]])
+    return torch.cat([colour, inside * usable / (1 + difference**2)])
 
 
 def _intrinsics(camera: Cameras) -> Float[Tensor, "3 3"]:

@@ -49,8 +49,7 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     """Settings of a cell's whole training, as `ns-train 3dgs-enhancer` with flags would have them."""
     method = METHODS[cell.method]
     config = method_config()
-    if settings.scale.steps is not None:
-        fit_schedule(config, settings.scale.steps)
+    fit_schedule(config, settings.scale.steps or config.max_num_iterations)
     set_prior(config, settings.prior if method.feed == "enhanced" else "none", method.feed or "enhanced")
     with_additions(config, method.additions)
     with_settings(config, method.settings)
@@ -151,7 +150,7 @@ def _seen_share(trainer: Trainer) -> float:
     """Share of the test views' pixels that references see through the depth that the splats show there."""
     model, datamanager = trainer.pipeline.model, cast("EnhancerDataManager", trainer.pipeline.datamanager)
     references = references_of(datamanager.train_dataset, datamanager.cached_train)
-    sources = WarpSources.of(cast("EnhancerModel", model), references.photographs, references.cameras)
+    sources = WarpSources.of(cast("EnhancerModel", model), references)
     shares = []
     for camera, _ in datamanager.fixed_indices_eval_dataloader:
         rendered = render_clip(cast("EnhancerModel", model), camera)
@@ -184,7 +183,9 @@ def _first_stage_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     config = cell_config(cell, settings)
     set_prior(config, "none")
     config.timestamp = FIRST_STAGE
-    config.max_num_iterations = model_of(config).enhance.start
+    start = model_of(config).enhance.start
+    assert start is not None  # decided with the schedule
+    config.max_num_iterations = start
     return config
 
 

@@ -171,6 +171,7 @@ def fit_schedule(config: TrainerConfig, steps: int) -> None:
         raise ValueError(f"a training with a round needs at least 3 steps, got {steps}.")
     scale = steps / config.max_num_iterations
     model = model_of(config)
+    model.fit_to(config.max_num_iterations)
     densification = ("warmup_length", "stop_split_at", "stop_screen_size_at")
     for owner, names in (
         (model, (*densification, "sh_degree_interval", "resolution_schedule", "lpips_start")),

@@ -261,9 +261,8 @@ def run_of(
     size = tuple(views.references.shape[-2:])
     clips = [show(camera) for camera in cameras]
     at_references = [show(views.reference_cameras[i : i + 1]) for i in range(training.num_views)]
-    sources = WarpSources(
-        views.reference_photographs, [clip.depth[0] for clip in at_references], views.reference_cameras
-    )
+    photographs = [photo.to(clip.depth) for photo, clip in zip(views.reference_photographs, at_references)]
+    sources = WarpSources(photographs, [clip.depth[0] for clip in at_references], views.reference_cameras)
     warped = [
         _stored(warp_references(clip.depth, clip.alpha, camera, sources), size) for clip, camera in zip(clips, cameras)
     ]

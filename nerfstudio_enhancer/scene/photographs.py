@@ -18,7 +18,9 @@ PROBE_SIZE_PX = (64, 64)
 OPAQUE = 128
 
 
-def checked_photographs(frames: Sequence[Frame], folder: Path, needs_pixels: bool) -> list[Frame]:
+def checked_photographs(
+    frames: Sequence[Frame], folder: Path, needs_pixels: bool, as_named: bool = False
+) -> list[Frame]:
     """Frames whose files and intrinsics belong together: `image` and `mask` exist, can be decoded and have one size.
 
     The intrinsics are rescaled where the file is a smaller or larger copy of the picture they were written for.
@@ -27,14 +29,15 @@ def checked_photographs(frames: Sequence[Frame], folder: Path, needs_pixels: boo
         frames: frames of one split; no other photograph is opened.
         folder: folder of the capture, where `images_N` and `masks_N` may hold downscaled copies.
         needs_pixels: whether a mask that keeps no pixel is an error (true for training).
+        as_named: read the very files, however large, since the user has named their folder; otherwise smaller copies of large ones.
 
     Raises:
         FileNotFoundError: a photograph or mask is missing.
         ValueError: it cannot be read, has an unknown pixel format, or its size contradicts the intrinsics.
     """
-    _require_files([frame for frame in frames if not _available(frame, folder)])
+    _require_files([frame for frame in frames if not (frame.image.exists() if as_named else _available(frame, folder))])
     with ThreadPoolExecutor(max_workers=2) as executor:
-        return list(executor.map(lambda frame: _checked(frame, folder, needs_pixels), frames))
+        return list(executor.map(lambda frame: _checked(frame, folder, needs_pixels, as_named), frames))
 
 
 def read_rgb_and_usable(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
@@ -60,8 +63,9 @@ def _require_files(missing: list[Frame]) -> None:
         )
 
 
-def _checked(frame: Frame, folder: Path, needs_pixels: bool) -> Frame:
-    image = _file_to_read(frame.image, frame.name, folder, max(frame.width, frame.height))
+def _checked(frame: Frame, folder: Path, needs_pixels: bool, as_named: bool) -> Frame:
+    longest_px = max(frame.width, frame.height)
+    image = frame.image if as_named else _file_to_read(frame.image, frame.name, folder, longest_px)
     frame = _fit_intrinsics(frame, image, *_probe(image))
     if frame.mask is not None:
         frame = replace(frame, mask=_checked_mask(frame, folder, needs_pixels))

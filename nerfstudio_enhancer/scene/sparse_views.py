@@ -151,7 +151,8 @@ class SparseViewsDataParser(DataParser):
         check_poses(frames)
         if self._only_looks:
             return frames
-        return checked_photographs(frames, capture.folder, needs_pixels=split == "train")
+        as_named = self.config.image_folder is not None
+        return checked_photographs(frames, capture.folder, needs_pixels=split == "train", as_named=as_named)
 
     def _normalisation(self, capture: Capture, references: list[Frame]) -> WorldNormalisation:
         poses = _poses(references)

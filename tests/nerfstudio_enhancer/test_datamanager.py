@@ -2,10 +2,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from scenes import tiny_scene, write_nerfstudio_folder
 
 from nerfstudio_enhancer.datamanager import KNOWN_DEPTH, EnhancerDataManager, EnhancerDataManagerConfig
 from nerfstudio_enhancer.initial_splats import SeedPointsConfig
+from nerfstudio_enhancer.rounds import references_of
 from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 from nerfstudio_enhancer.stereo.config import StereoConfig
 
@@ -51,3 +53,40 @@ def test_batches_of_references_carry_what_is_known_of_their_depth(tmp_path: Path
 def test_without_stereo_batches_carry_no_depth(tmp_path: Path) -> None:
     manager = data_manager(tmp_path, "val", seed_points="random")
     assert KNOWN_DEPTH not in manager.next_train(0)[1]
+
+
+def test_references_are_read_as_in_training_where_a_finished_model_is_only_looked_at(tmp_path: Path) -> None:
+    folder = tmp_path / "scene"
+    manager = data_manager(folder, "inference")
+    for copy in ("images_2", "images_8"):  # smaller than what the intrinsics were written for
+        (folder / copy).mkdir()
+        for photograph in (folder / "images").iterdir():
+            Image.open(photograph).reduce(int(copy[7:])).save(folder / copy / photograph.name)
+    for path in list((folder / "images").iterdir()):
+        path.unlink()
+    dataset, cached = manager.reference_photographs()
+    assert [tuple(item["image"].shape) for item in cached] == [(60, 80, 3)] * 3
+    assert dataset.cameras.width.flatten().tolist() == [80] * 3
+
+
+def test_photographs_can_be_kept_on_the_cpu_where_there_is_no_gpu(tmp_path: Path) -> None:
+    manager = data_manager(tmp_path, "test")
+    manager.config.cache_images = "cpu"
+    assert len(manager.cached_train) == 3
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_masks_and_transparency_leave_parts_of_references_out(tmp_path: Path, mode: str) -> None:
+    write_nerfstudio_folder(tmp_path, SCENE, mode=mode, masks=mode == "RGB")
+    config = EnhancerDataManagerConfig(
+        dataparser=SparseViewsDataParserConfig(data=tmp_path, num_views=3), max_image_size=160
+    )
+    manager = config.setup(device="cpu", test_mode="test", world_size=1, local_rank=0)
+    references = references_of(*manager.reference_photographs())
+    assert references.transparent == (mode == "RGBA")
+    assert references.usable is not None
+    solid = torch.isfinite(torch.from_numpy(SCENE.depth[0]))
+    assert torch.equal(references.usable[0][..., 0] > 0.5, solid)
+    # the sky, which is left out, has the mean colour of the rest
+    photograph = references.photographs[0]
+    torch.testing.assert_close(photograph[~solid], photograph[solid].mean(0).expand(int((~solid).sum()), 3))

@@ -1,11 +1,21 @@
 """What the prior is told of a rendered clip."""
 
+import dataclasses
+
 import pytest
 import torch
 from walls import DISTANCE, SIZE, cameras, wall
 
-from nerfstudio_enhancer.enhance_step import EnhanceConfig, References, condition_clip, enhance_step, view_need
+from nerfstudio_enhancer.enhance_step import (
+    EnhanceConfig,
+    References,
+    condition_clip,
+    enhance_step,
+    reference_frame,
+    view_need,
+)
 from nerfstudio_enhancer.rendering import RenderedClip
+from nerfstudio_enhancer.warping import WarpSources
 
 
 def rendered(frames: int) -> RenderedClip:
@@ -19,10 +29,16 @@ def rendered(frames: int) -> RenderedClip:
     )
 
 
+def ends(sources: WarpSources) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two references as the first and the last frame of a clip."""
+    references = References(sources.photographs, sources.cameras, sources.usable)
+    return reference_frame(references, 0, rendered(3)), reference_frame(references, 1, rendered(3))
+
+
 def test_a_clip_shows_its_references_at_its_ends_and_warped_into_the_frames_between():
     sources = wall(0.0, 1.0)
     first, last = (photograph.permute(2, 0, 1) for photograph in sources.photographs)
-    clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0), sources)
+    clip = condition_clip(rendered(3), ends(sources), cameras(0.0, 0.25, 1.0), sources)
     assert torch.equal(clip.rgb[[0, 2]], torch.stack([first, last]))
     assert clip.warped is not None
     # the ends are warped onto themselves alone
@@ -34,13 +50,41 @@ def test_a_clip_shows_its_references_at_its_ends_and_warped_into_the_frames_betw
 
 def test_without_sources_nothing_is_warped():
     sources = wall(0.0, 1.0)
-    clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0))
+    clip = condition_clip(rendered(3), ends(sources), cameras(0.0, 0.25, 1.0))
     assert clip.warped is None
+
+
+def test_what_a_mask_leaves_out_of_a_reference_is_a_hole_at_the_end_and_seen_nowhere_else():
+    sources = wall(0.0, 1.0)
+    usable = torch.ones(SIZE, SIZE, 1)
+    usable[:, :4] = 0
+    masked = dataclasses.replace(sources, usable=[usable, torch.ones(SIZE, SIZE, 1)])
+    clip = condition_clip(rendered(3), ends(masked), cameras(0.0, 0.0, 1.0), masked)
+    assert torch.equal(clip.alpha[0, 0], usable[..., 0])
+    assert torch.equal(clip.alpha[2], torch.ones(1, SIZE, SIZE))
+    assert clip.warped is not None
+    assert torch.equal(clip.warped[0, 3], usable[..., 0])
+    # the frame between stands on the masked reference: there it sees the right half alone. The other one, a metre to the
+    # right, is 4 pixels further: of the left half it shows nothing either
+    assert torch.equal(clip.warped[1, 3] > 0.5, usable[..., 0] > 0)
+    first = sources.photographs[0].permute(2, 0, 1)
+    torch.testing.assert_close(clip.warped[1, :3, :, 4:], first[:, :, 4:])
+
+
+def test_where_references_are_transparent_only_what_splats_show_is_needed():
+    sources = wall(0.0, 1.0)
+    clip = condition_clip(rendered(3), ends(sources), cameras(0.0, 0.25, 1.0), sources)
+    assert clip.warped is not None
+    clip.alpha[:, :, :2] = 0  # nothing is shown in the upper quarter,
+    clip.warped[:, 3, :2] = 0  # where nothing is seen either,
+    clip.warped[:, 3, 2:] = 0.5  # nor half of the rest
+    torch.testing.assert_close(view_need(clip, (0.0, 1.0)), torch.full((3,), 0.25 + 0.75 * 0.5))
+    torch.testing.assert_close(view_need(clip, (0.0, 1.0), transparent=True), torch.full((3,), 0.5))
 
 
 def test_a_view_is_needed_by_what_no_reference_sees_of_it():
     sources = wall(0.0, 1.0)
-    clip = condition_clip(rendered(3), tuple(sources.photographs), cameras(0.0, 0.25, 1.0), sources)
+    clip = condition_clip(rendered(3), ends(sources), cameras(0.0, 0.25, 1.0), sources)
     assert clip.warped is not None
     shares = torch.tensor([0.0, 0.5, 1.0])  # unseen
     clip.warped[:, 3] = (1 - shares)[:, None, None]

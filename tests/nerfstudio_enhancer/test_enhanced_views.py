@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from nerfstudio_enhancer.enhanced_views import META_FILE, VIEWS_FILE, EnhancedViews, EnhancedViewStore
+from nerfstudio_enhancer.enhanced_views import META_FILE, SHOWN_ALPHA, VIEWS_FILE, EnhancedViews, EnhancedViewStore
 from nerfstudio_enhancer.random_state import step_generator
 
 
@@ -30,6 +30,18 @@ def test_draws_depend_on_the_generator_alone() -> None:
     again = [store.draw(step_generator(0, step, "batch"))[1]["image_confidence"] for step in range(20)]
     assert first == again
     assert len(set(first)) > 1
+
+
+def test_opacity_is_kept_where_there_is_one(tmp_path: Path) -> None:
+    alpha = torch.rand(2, 4, 6, 1).half()
+    for step, views in ((20, dataclasses.replace(clip(), alpha=alpha)), (30, clip())):
+        store, again = EnhancedViewStore(), EnhancedViewStore()
+        store.add(step, [views])
+        store.save_round(tmp_path / str(step), step, {})
+        again.load_rounds(tmp_path / str(step), step)
+        batches = [kept.draw(step_generator(0, 0, "batch"))[1] for kept in (store, again)]
+        assert [SHOWN_ALPHA in batch for batch in batches] == [views.alpha is not None] * 2
+    assert_close(again.rounds[30][0].rgb, clip().rgb)
 
 
 def test_views_are_drawn_in_proportion_to_their_need() -> None:
@@ -72,7 +84,8 @@ def test_a_saved_round_comes_back_bit_for_bit(tmp_path: Path) -> None:
     assert other.load_rounds(tmp_path, up_to_step=20) == [20]
     for saved, loaded in zip(store.rounds[20], other.rounds[20], strict=True):
         for name in EnhancedViews.__dataclass_fields__:
-            assert torch.equal(getattr(saved, name), getattr(loaded, name))
+            before, after = getattr(saved, name), getattr(loaded, name)
+            assert after is None if before is None else torch.equal(before, after)
 
 
 def test_rounds_after_the_checkpoint_are_not_read(tmp_path: Path) -> None:

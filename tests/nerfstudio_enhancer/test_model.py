@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from diffusion_prior.perceptual import lpips_alex
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
+from nerfstudio_enhancer.enhanced_views import SHOWN_ALPHA
 from nerfstudio_enhancer.losses import ray_spread
 from nerfstudio_enhancer.model import DISPARITY_MOMENTS, EnhancerModel, EnhancerModelConfig, decay_opacities
 from nerfstudio_enhancer.rasterize import rasterization
@@ -224,6 +225,38 @@ def test_enhanced_batches_are_weighted_and_references_are_not() -> None:
     weights = {"pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 0.5}
     enhanced = model.get_loss_dict(outputs, {**batch(0), **weights})["main_loss"]
     assert_close(enhanced, 0.5 * model.get_loss_dict(outputs, batch(0))["main_loss"])
+
+
+def test_what_shines_through_an_enhanced_view_is_the_background_of_the_step() -> None:
+    model = build(plain()).train()
+    model.step = 6  # past the reduced resolution
+    background, shown = torch.tensor([0.1, 0.9, 0.4]), torch.rand(SIZE, SIZE, 1)
+    colour = torch.rand(SIZE, SIZE, 3)
+    over = {
+        what: shown * colour + (1 - shown) * what_rgb
+        for what, what_rgb in (("step", background), ("round", model._background_of_renders()))
+    }
+    weights = {"pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 1.0, SHOWN_ALPHA: shown}
+    losses = model.get_loss_dict({"rgb": over["step"], "background": background}, {"image": over["round"], **weights})
+    # the same splats in round and step: nothing to learn
+    assert float(losses["main_loss"]) == pytest.approx(0, abs=1e-5)
+
+
+def test_the_loss_can_be_told_in_evaluation_too() -> None:
+    config = plain()
+    config.ray_spread = 0.5
+    model = train(build(config), 1)
+    model.eval()
+    assert "ray_spread" not in model.get_loss_dict(model.get_outputs(camera(0)), batch(0))
+
+
+def test_what_is_left_open_follows_the_length_of_the_training() -> None:
+    config = EnhancerModelConfig()
+    config.enhance.every = 7
+    config.fit_to(3000)
+    assert (config.lpips_start, config.enhance.start, config.enhance.every) == (1000, 1000, 7)
+    config.fit_to(6000)  # nothing is open any more
+    assert (config.lpips_start, config.enhance.start) == (1000, 1000)
 
 
 def test_too_few_seed_points_are_refused() -> None:

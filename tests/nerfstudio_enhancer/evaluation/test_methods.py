@@ -16,6 +16,7 @@ def test_a_squeezed_schedule_keeps_its_shares():
     before = method_config()
     fit_schedule(config, before.max_num_iterations // 10)
     model, whole = config.pipeline.model, before.pipeline.model
+    whole.fit_to(before.max_num_iterations)
     assert config.max_num_iterations == before.max_num_iterations // 10
     assert model.enhance.start == whole.enhance.start // 10
     assert model.stop_split_at == whole.stop_split_at // 10
