@@ -17,7 +17,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
@@ -407,7 +407,8 @@ def _scheduler(prior: VideoPrior) -> EulerDiscreteScheduler:
         "sigma_min": prior.config.sigma_min,
         "sigma_max": prior.config.sigma_max,
     }
-    return EulerDiscreteScheduler(**settings)
+    # Published ones carry settings of other schedulers too, which the class itself would refuse.
+    return cast(EulerDiscreteScheduler, EulerDiscreteScheduler.from_config(settings))
 
 
 def _replace_folder(new: Path, folder: Path) -> None:

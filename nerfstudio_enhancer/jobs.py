@@ -54,14 +54,14 @@ def available_cores() -> int:
 
 
 def workers_and_threads(jobs: int | None) -> tuple[int, int]:
-    """Number of processes at once and threads of each, which together fill the cores.
+    """Number of processes at once and threads of each, which together fill the cores; one at a time where a GPU is to be shared.
 
     Raises:
         ValueError: If fewer than one job at a time is asked for.
     """
     cores = available_cores()
     if jobs is None:
-        return cores, 1
+        return (1, cores) if _has_gpu() else (cores, 1)
     if jobs < 1:
         raise ValueError(f"`--jobs` is the number of processes at once and must be at least 1, got {jobs}.")
     return jobs, max(1, cores // jobs)
@@ -146,6 +146,12 @@ class _Running:
         return JobResult(self.job.key, value, error, wall_s, peak_rss_mb)
 
 
+def _has_gpu() -> bool:
+    import torch  # which `ns-enhancer --help` does without
+
+    return torch.cuda.is_available()
+
+
 def _see(log: Path | None) -> str:
     return "" if log is None else f"; see {log}"
 
@@ -153,7 +159,8 @@ def _see(log: Path | None) -> str:
 def _context(preload: Sequence[str], threads: int) -> Any:
     # Read by thread pools when they start, which is after the fork.
     os.environ["OMP_NUM_THREADS"] = str(threads)
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    # A process that asks for its GPUs before it is forked makes them useless to those that come of it.
+    if _has_gpu() or "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(preload))

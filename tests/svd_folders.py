@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -76,4 +77,8 @@ def write_svd_folder(folder: Path, layout: str = "B", variant: str | None = None
         sigma_min=0.01,
         sigma_max=44.0,
     ).save_pretrained(folder / "scheduler")
+    # as published: with settings of the schedulers that it was made of
+    path = folder / "scheduler" / "scheduler_config.json"
+    published = {"clip_sample": False, "set_alpha_to_one": False, "skip_prk_steps": True}
+    path.write_text(json.dumps(json.loads(path.read_text()) | published))
     return folder

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, broadcast
+from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -392,15 +393,30 @@ def _mean_gradient(
     accelerator: Accelerator,
 ) -> dict[str, float]:
     """Leave the gradient of one player, averaged over all batches of the step, in its parameters; the mean parts of its loss."""
-    figures: dict[str, float] = {}
+    told: list[dict[str, float]] = []
     for number, batch in zip(_numbers(state.progress.step, state, accelerator), batches, strict=True):
-        with _exchange(model, batch is batches[-1], accelerator):
+        generator = step_generator(config.seed + NOISE_SEED_OFFSET, number)
+        with _exchange(model, batch is batches[-1], accelerator), _seeded(generator.initial_seed(), accelerator):
             with accelerator.autocast():
-                parts = model(batch, step_generator(config.seed + NOISE_SEED_OFFSET, number), share, player)
+                parts = model(batch, generator, share, player)
             accelerator.backward(parts["loss"] / len(batches))
-        for part, value in parts.items():
-            figures[part] = figures.get(part, 0.0) + float(value.detach()) / len(batches)
-    return figures
+        told.append({part: float(value.detach()) for part, value in parts.items()})
+    return _mean_of_told(told)
+
+
+@contextmanager
+def _seeded(seed: int, accelerator: Accelerator) -> Iterator[None]:
+    """Within, what layers such as dropout draw from torch's own generators depends on the seed alone."""
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _mean_of_told(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each figure over those that tell it: some parts of a loss are not computed for every batch."""
+    names = dict.fromkeys(name for figures in told for name in figures)
+    return {name: fmean(figures[name] for figures in told if name in figures) for name in names}
 
 
 def _exchange(model: nn.Module, last: bool, accelerator: Accelerator) -> AbstractContextManager[Any]:
@@ -415,9 +431,7 @@ def _mean_figures(figures: dict[str, float], accelerator: Accelerator) -> dict[s
     """The figures of all processes, averaged."""
     if accelerator.num_processes == 1:
         return figures
-    values = torch.tensor(list(figures.values()), dtype=torch.float64, device=accelerator.device)
-    mean = accelerator.reduce(values, reduction="mean")
-    return dict(zip(figures, mean.tolist()))  # type: ignore[union-attr]
+    return _mean_of_told(gather_object([figures]))
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:

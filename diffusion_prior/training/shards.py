@@ -58,7 +58,13 @@ def pack(config: PackShards) -> list[Path]:
     Raises:
         FileNotFoundError: no paired data.
         ValueError: validation scenes that are not there, or that leave nothing to train on.
+        FileExistsError: shards are there already: those of another packing would be trained on beside the new ones.
     """
+    old = sorted(config.output.glob("*.tar"))
+    if old:
+        raise FileExistsError(
+            f"{config.output} holds {len(old)} shards already, {old[0].name} the first; delete them, or give another `--output`."
+        )
     webdataset = _webdataset()
     training = set(split_scenes(config.pairs, config.validation_scenes)[0])
     runs = [run for run in find_runs(config.pairs) if run.parent.name in training]

@@ -5,15 +5,19 @@ The same training as `train_ldm` from other defaults, each of which a flag overr
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import tyro
 
-from diffusion_prior.data.clips import ClipConfig
+from diffusion_prior.data.clips import ClipConfig, gaps_of
+from diffusion_prior.data.pairs import find_runs, read_header
 from diffusion_prior.published import LAYOUT_B_FRAMES, LAYOUT_B_SIZE, SVD_REPOSITORY
 from diffusion_prior.training.config import ScaleConfig
 from diffusion_prior.training.setup import log_to_console
 from diffusion_prior.training.train_ldm import LdmConfig, run
+
+logger = logging.getLogger(__name__)
 
 
 def paper_recipe() -> LdmConfig:
@@ -57,7 +61,34 @@ def paper_recipe() -> LdmConfig:
 
 def main(arguments: list[str] | None = None) -> None:
     """Read the flags, over the recipe, and train."""
-    run(tyro.cli(LdmConfig, default=paper_recipe(), args=arguments, description=__doc__))
+    config = tyro.cli(LdmConfig, default=paper_recipe(), args=arguments, description=__doc__)
+    for line in shortcomings(config.pairs, config.clips):
+        logger.warning(line)
+    run(config)
+
+
+def shortcomings(pairs: Path, clips: ClipConfig) -> list[str]:
+    """What of the paired data is too small or too short for such clips; the training takes it nevertheless.
+
+    Raises:
+        FileNotFoundError: if there is no paired data.
+    """
+    headers = [read_header(folder) for folder in find_runs(pairs)]
+    gaps = [gap for header in headers for gap in gaps_of(header)]
+    small = sum(min(header.height, header.width) < (clips.crop_px or 0) for header in headers)
+    short = sum(len(gap.frames) < clips.num_frames - 2 for gap in gaps)
+    lines = []
+    if small:
+        lines.append(
+            f"{small} of {len(headers)} runs in {pairs} have a side below {clips.crop_px} pixels: their clips are smaller than "
+            "asked for. `ns-enhancer make-pairs --size` is the longer side, 910 for 512 pixels of a 16:9 picture."
+        )
+    if short:
+        lines.append(
+            f"{short} of {len(gaps)} gaps between neighbouring references in {pairs} have fewer than {clips.num_frames - 2} frames: "
+            "frames are repeated. `ns-enhancer make-pairs --max-frames` stores more of a capture, `--paths` smooth paths."
+        )
+    return lines
 
 
 if __name__ == "__main__":

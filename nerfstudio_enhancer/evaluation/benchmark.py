@@ -157,7 +157,9 @@ def run_benchmark(benchmark: Benchmark) -> Results:
     cells = plan_cells(benchmark)
     scale = _scale(benchmark)
     results = load_results(benchmark.output, _settings(benchmark, scale))
+    _refuse_other_data(cells, results)
     results.drop({cell.key for cell in cells if cell.method in benchmark.redo})
+    save_results(results, benchmark.output)  # so that other settings are refused from the first cell on
     missing = [cell for cell in cells if not results.has(cell.key)]
     CONSOLE.print(f"{len(cells)} cells, {len(cells) - len(missing)} of them done already.")
     _run(missing, results, CellSettings(benchmark.output, scale, benchmark.prior, _protocol(benchmark)), benchmark.jobs)
@@ -199,6 +201,18 @@ def plan_cells(benchmark: Benchmark) -> list[Cell]:
     ]
 
 
+def _refuse_other_data(cells: Sequence[Cell], results: Results) -> None:
+    """Scenes are told apart by the names of their folders, within one command and from one to the next."""
+    where = {cell.scene: str(cell.data.absolute()) for cell in cells}
+    for entry in results.cells:
+        before, now = entry.get("data"), where.get(entry["scene"])
+        if before is not None and now is not None and before != now:
+            raise ValueError(
+                f"the results hold cells of a scene {entry['scene']!r} at {before}, which is now to be read from {now}. "
+                "Choose another `--output`, or rename one of the folders."
+            )
+
+
 def _scale(benchmark: Benchmark) -> Scale:
     preset = PRESETS[benchmark.preset]
     return Scale(benchmark.steps or preset.steps, benchmark.max_image_size or preset.max_image_size)
@@ -233,7 +247,8 @@ def _run(cells: Sequence[Cell], results: Results, settings: CellSettings, jobs: 
                 continue
             done += 1
             advance()
-            _keep(cell, result, results, settings.output, {"commit": commit, "jobs": workers, "threads": threads})
+            told = {"commit": commit, "jobs": workers, "threads": threads, "data": str(cell.data.absolute())}
+            _keep(cell, result, results, settings.output, told)
             left_min = (time.monotonic() - begin_s) / done * (len(cells) - done) / 60
             CONSOLE.print(f"[{done}/{len(cells)}] {_say(cell, result)}, about {left_min:.0f} min left", markup=False)
 

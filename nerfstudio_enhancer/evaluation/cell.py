@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,7 @@ import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
 from nerfstudio_enhancer.enhanced_views import META_FILE
+from nerfstudio_enhancer.evaluation.benchmark import code_version
 from nerfstudio_enhancer.evaluation.methods import (
     METHODS,
     datamanager_of,
@@ -74,13 +76,23 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
 
 
 def train_first_stage(cell: Cell, settings: CellSettings) -> None:
-    """Train up to the step before the first round, once for all methods that differ only from there on."""
+    """Train up to the step before the first round, once for all methods that differ only from there on.
+
+    What was trained with other settings is trained anew.
+    """
     config = _first_stage_config(cell, settings)
     marker = config.get_base_dir() / STAGE_FILE
-    if marker.exists():
+    made_of = {"data": str(cell.data.absolute()), **asdict(settings.scale), **settings.protocol.unusual}
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["made_of"] == made_of:
         return
     trainer, wall_s = _train(config)
-    told = {"wall_s": wall_s, "peak_rss_mb": peak_rss_mb(), "depth_share": _depth_share(trainer)}
+    told = {
+        "wall_s": wall_s,
+        "peak_rss_mb": peak_rss_mb(),
+        "depth_share": _depth_share(trainer),
+        "commit": code_version(),
+        "made_of": made_of,
+    }
     marker.write_text(json.dumps(told), encoding="utf-8")
 
 
@@ -109,6 +121,7 @@ def run_cell(cell: Cell, settings: CellSettings) -> dict[str, Any]:
         **evaluate(trainer),
         "wall_s": round(before_s + own_s, 2),
         "first_stage_s": round(before_s, 2),
+        **({} if stage is None else {"first_stage_commit": stage["commit"]}),
         "first_stage_peak_rss_mb": before_mb,
         "steps": steps,
         "config": _relative(config.get_base_dir() / "config.yml", settings.output),

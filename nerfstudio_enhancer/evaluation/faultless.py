@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from nerfstudio_enhancer.datamanager import EnhancerDataManager
 
-SPLATS_FILE = "whole_splats.ckpt"
-"""Beside the run's folder, so that runs of the same references share it."""
+SPLATS_FILE = "whole_splats_{steps}_{size}.ckpt"
+"""Beside the run's folder, so that runs of the same references, length and size share it."""
 STEPS_PER_STEP = 2.4
 """Training steps of these splats for each one of the run: many photographs take longer."""
 
@@ -36,14 +36,14 @@ class FaultlessFrames:
         Args:
             trainer: of the run; its references and unused views are what the splats learn from, never its test views.
         """
-        path = Path(trainer.base_dir).parent / SPLATS_FILE
+        datamanager = cast("EnhancerDataManager", trainer.pipeline.datamanager)
+        steps, size = round(STEPS_PER_STEP * _whole_length(trainer)), datamanager.config.max_image_size
+        path = Path(trainer.base_dir).parent / SPLATS_FILE.format(steps=steps, size=size or "full")
         if not path.is_file():
-            datamanager = cast("EnhancerDataManager", trainer.pipeline.datamanager)
             photographs = (*datamanager.train_dataset.image_filenames, *datamanager.unused_views().image_filenames)
             data = Path(cast(Path, trainer.config.data or datamanager.config.data))
             names = names_in_capture(data, photographs)
-            steps = round(STEPS_PER_STEP * _whole_length(trainer))
-            scene = WholeScene(data, path, len(names), steps, datamanager.config.max_image_size, seed=0)
+            scene = WholeScene(data, path, len(names), steps, size, seed=0)
             with torch.random.fork_rng():  # the run goes on as if nothing had been trained beside it
                 store_whole_splats(train_on_all(scene, names), path)
         self._whole = read_whole_splats(path, trainer)

@@ -90,7 +90,9 @@ class Fold:
     @property
     def folder(self) -> Path:
         """Of its files."""
-        return self.output / "runs" / self.data.name / f"k{self.views:02d}_n{self.steps}" / Path(self.left_out).stem
+        return (
+            self.output / "runs" / self.data.name / f"k{self.views:02d}_n{self.steps}" / self.left_out.replace("/", "_")
+        )
 
 
 def leave_one_out(settings: LeaveOneOut) -> Results:
@@ -143,6 +145,9 @@ def plan_folds(settings: LeaveOneOut) -> list[Fold]:
     for name in ("checks", "folds"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(settings, name)}.")
+    scenes = [data.name for data in settings.data]
+    if not scenes or len(set(scenes)) != len(scenes):
+        raise ValueError(f"`--data` takes one or more scenes, told apart by folder name; got {scenes}.")
     folds = []
     for data in settings.data:
         if not data.exists():

@@ -65,7 +65,7 @@ def _place(cell: Cell) -> tuple[Any, ...]:
 
 def _head(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
     seeds = sorted({cell["seed"] for cell in cells})
-    commits = sorted({cell["commit"] for cell in cells})
+    commits = sorted({cell[stage] for cell in cells for stage in ("commit", "first_stage_commit") if stage in cell})
     told = ", ".join(f"{name} {value}" for name, value in settings.items())
     lines = [
         "# Benchmark\n",

@@ -1,3 +1,4 @@
+import multiprocessing
 import operator
 import os
 import time
@@ -15,6 +16,13 @@ def test_each_job_returns_its_value_and_its_memory():
     done = results([Job(str(number), operator.mul, (2, number)) for number in range(4)])
     assert {key: result.value for key, result in done.items()} == {"0": 0, "1": 2, "2": 4, "3": 6}
     assert all(result.error is None and result.peak_rss_mb > 1 for result in done.values())
+
+
+def test_with_a_gpu_jobs_run_one_at_a_time_in_processes_that_are_not_forked(monkeypatch):
+    assert results([Job("started", multiprocessing.get_start_method, (True,))])["started"].value == "forkserver"
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert workers_and_threads(None)[0] == 1
+    assert results([Job("started", multiprocessing.get_start_method, (True,))])["started"].value == "spawn"
 
 
 def test_a_failed_or_killed_job_leaves_the_others_alone():

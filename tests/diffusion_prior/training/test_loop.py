@@ -22,7 +22,7 @@ CLIPS = ClipConfig(num_frames=3, batch_size=2, crop_px=16, size_multiple=8, good
 
 
 class ColourGain(Losses):
-    """Learns the factor from render to photograph, with noise on what it is shown."""
+    """Learns the factor from render to photograph, with noise and, as by a layer of a network, gaps in what it is shown."""
 
     def __init__(self, wall_at: int | None = None) -> None:
         super().__init__()
@@ -35,6 +35,7 @@ class ColourGain(Losses):
             raise KeyboardInterrupt
         self.seen += 1
         shown = to_float(batch.rgb) + 0.01 * torch.randn(batch.rgb.shape, generator=generator)
+        shown = nn.functional.dropout(shown, 0.01)
         return {"loss": (self.gain * shown - to_float(batch.target))[:, 1:-1].square().mean()}
 
 
@@ -100,6 +101,11 @@ def test_a_killed_training_goes_on_with_the_losses_it_would_have_had(pairs, tmp_
             if attempt is not None:
                 assert attempt["loss"] == line["loss"]
                 assert attempt["learning_rate"] == line["learning_rate"]
+
+
+def test_a_figure_is_averaged_over_the_batches_that_tell_it():
+    told = [{"loss": 1.0, "gate": 4.0}, {"loss": 2.0}, {"loss": 6.0, "gate": 2.0}]
+    assert loop._mean_of_told(told) == {"loss": 3.0, "gate": 3.0}
 
 
 def test_resumed_weights_and_averages_equal_those_of_an_unbroken_run(pairs, tmp_path):

@@ -371,6 +371,11 @@ def assert_same_batch(one, other) -> None:
         assert torch.equal(getattr(one, name), getattr(other, name))
 
 
+def test_shards_of_another_packing_are_not_mixed_in(other_pairs, packed):
+    with pytest.raises(FileExistsError, match=r"holds \d+ shards already, pairs-000000.tar the first"):
+        pack(PackShards(pairs=other_pairs, output=packed))
+
+
 def test_batches_from_shards_depend_on_their_number_alone(packed):
     clips = clips_of(packed)
     for number in (3, 0, 3, 1):

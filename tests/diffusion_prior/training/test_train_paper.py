@@ -6,15 +6,17 @@ import pytest
 import torch
 from svd_folders import write_svd_folder
 
+from diffusion_prior.data.clips import ClipConfig
 from diffusion_prior.training import train_paper
 from diffusion_prior.training.train_ldm import LdmConfig, draw_sigmas
-from diffusion_prior.training.train_paper import main, paper_recipe
+from diffusion_prior.training.train_paper import main, paper_recipe, shortcomings
 
 
 def settings_of(monkeypatch, *flags: str) -> LdmConfig:
     """What the command would train with."""
     seen: list[LdmConfig] = []
     monkeypatch.setattr(train_paper, "run", seen.append)
+    monkeypatch.setattr(train_paper, "shortcomings", lambda pairs, clips: [])
     main(["--pairs", "pairs", "--output", "output", *flags])
     return seen[0]
 
@@ -36,6 +38,13 @@ def test_single_flags_override_the_recipe_and_leave_the_rest(monkeypatch):
     assert (config.learning_rate, config.clips.num_frames, config.clips.flip) == (3e-5, 26, True)
     assert (config.scale.trainable, config.scale.gradient_checkpointing) == ("unet", True)
     assert (config.steps, config.clips.crop_px, config.loss) == (80_000, 512, "authors")
+
+
+def test_pairs_too_small_for_the_recipe_are_told(pairs):
+    small, short = shortcomings(pairs, paper_recipe().clips)
+    assert "have a side below 512 pixels" in small
+    assert "fewer than 23 frames" in short
+    assert shortcomings(pairs, ClipConfig(num_frames=3, crop_px=8)) == []
 
 
 def test_pairs_and_output_have_to_be_given(monkeypatch, capsys):

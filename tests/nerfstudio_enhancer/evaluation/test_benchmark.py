@@ -154,6 +154,25 @@ def test_redo_runs_the_cells_of_a_method_again(scene, machine, tmp_path):
     assert machine.started == ["garden/k03_s0/splatfacto"]
 
 
+def test_a_scene_of_the_same_name_from_elsewhere_is_refused(scene, machine, tmp_path):
+    run_benchmark(Benchmark((scene,), tmp_path / "out", views=(3,), methods=("splatfacto",)))
+    other = tmp_path / "elsewhere" / scene.name
+    other.mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match=r"scene 'garden' at .*garden, which is now to be read from .*elsewhere/garden"
+    ):
+        run_benchmark(Benchmark((other,), tmp_path / "out", views=(6,), methods=("splatfacto",)))
+
+
+def test_other_settings_are_refused_before_any_cell_is_done(scene, machine, tmp_path):
+    machine.broken = {"splatfacto"}
+    command = Benchmark((scene,), tmp_path / "out", views=(3,), methods=("splatfacto",), steps=30)
+    with pytest.raises(RuntimeError, match="no splats"):
+        run_benchmark(command)
+    with pytest.raises(ValueError, match="steps = 30 there and 60 now"):
+        run_benchmark(dataclasses.replace(command, steps=60))
+
+
 def test_an_entry_states_the_larger_peak_memory_of_both_stages(scene, machine, tmp_path):
     run_benchmark(Benchmark((scene,), tmp_path / "out", views=(3,), methods=("geometry",), preset="quick"))
     settings = {"preset": "quick", "steps": 1200, "max_image_size": 320, "prior": "bundled"}

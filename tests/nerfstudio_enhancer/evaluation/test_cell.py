@@ -1,5 +1,6 @@
 """One real cell of the benchmark on a tiny scene, with nerfstudio's training and evaluation."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -78,3 +79,6 @@ def test_the_first_stage_is_trained_once(cell, settings):
     before = (stage / "config.yml").stat().st_mtime_ns
     train_first_stage(cell("geometry"), settings)
     assert (stage / "config.yml").stat().st_mtime_ns == before
+    larger = dataclasses.replace(settings, scale=dataclasses.replace(settings.scale, max_image_size=40))
+    train_first_stage(cell("geometry"), larger)
+    assert (stage / "config.yml").stat().st_mtime_ns > before

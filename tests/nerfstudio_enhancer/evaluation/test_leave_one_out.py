@@ -97,3 +97,5 @@ def test_a_training_is_measured_on_the_way_and_repeated_only_for_test_views(nerf
 def test_a_missing_scene_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no scene at"):
         plan_folds(LeaveOneOut((Path("nowhere"),), tmp_path))
+    with pytest.raises(ValueError, match="told apart by folder name"):
+        plan_folds(LeaveOneOut((tmp_path / "a" / "garden", tmp_path / "b" / "garden"), tmp_path))
