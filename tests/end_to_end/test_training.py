@@ -278,6 +278,16 @@ def test_without_prior_no_round_runs(config: TrainerConfig) -> None:
     assert not (train(config) / "enhanced_views").exists()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "RGB"])
+def test_a_round_keeps_its_opacity_where_photographs_are_transparent(
+    config: TrainerConfig, nerfstudio_folder: Callable[..., Path], mode: str
+) -> None:
+    folder = nerfstudio_folder(num_images=10, width=64, height=48, mode=mode, masks=mode == "RGB")
+    config.data = config.pipeline.datamanager.data = folder
+    (clip, *_) = views_of(train(config)).rounds[START]
+    assert (clip.alpha is not None) == (mode == "RGBA")
+
+
 def test_several_rounds_run_and_the_last_is_kept(config: TrainerConfig) -> None:
     config.pipeline.model.enhance.rounds = 2
     run = train(config)
