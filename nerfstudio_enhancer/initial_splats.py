@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 STEREO_SEED = 0
 """Of the random changes in stereo refinement and of the choice among its points: what is seen depends on no seed."""
 
+ROWS_AT_ONCE = 512
+"""Features of one photograph that are held against all of another at once."""
 CANDIDATES_AT_ONCE = 1 << 16
 """Descriptor pairs compared at once: bounds the memory, not the result."""
 
@@ -146,10 +148,17 @@ class ReferenceView:
     fisheye: bool
     read_pixels: Callable[[], tuple[np.ndarray, np.ndarray]]
     """Reads the photograph: uint8 [h, w, 3], and which pixels may be used, bool [h, w]."""
+    keeps_pixels: bool = True
+    """Whether they stay in memory once they are read; else they are read again by whoever asks."""
 
     @classmethod
     def from_opengl(
-        cls, camera_to_world: Tensor, intrinsics: Any, fisheye: bool, read_pixels: Callable[[], tuple]
+        cls,
+        camera_to_world: Tensor,
+        intrinsics: Any,
+        fisheye: bool,
+        read_pixels: Callable[[], tuple],
+        keeps_pixels: bool = True,
     ) -> "ReferenceView":
         """View from an OpenGL camera-to-world [3, 4] and anything with fx, fy, cx, cy, width, height, distortion."""
         return cls(
@@ -163,11 +172,16 @@ class ReferenceView:
             distortion=tuple(intrinsics.distortion),
             fisheye=fisheye,
             read_pixels=read_pixels,
+            keeps_pixels=keeps_pixels,
         )
 
     @cached_property
-    def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
+    def _kept_pixels(self) -> tuple[np.ndarray, np.ndarray]:
         return self.read_pixels()
+
+    @property
+    def _pixels(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._kept_pixels if self.keeps_pixels else self.read_pixels()
 
     @property
     def rgb(self) -> UInt8[np.ndarray, "h w 3"]:
@@ -210,7 +224,7 @@ class ReferenceView:
         import cv2
 
         straight = (pixel - [self.cx, self.cy]) / [self.fx, self.fy]
-        if not self.has_distortion:
+        if not self.has_distortion or len(pixel) == 0:  # OpenCV takes no empty list
             return straight
         points = np.ascontiguousarray(straight, dtype=np.float64).reshape(-1, 1, 2)
         if self.fisheye:
@@ -417,7 +431,7 @@ def _match(
     """
     if min(len(a.pixel), len(b.pixel)) < 2 or not np.linalg.norm(essential) > 0:
         return np.empty((0, 2), dtype=np.int64), np.empty(0)
-    in_a, in_b = _near_epipolar_line(a, b, essential, config.epipolar_px).nonzero(as_tuple=True)
+    in_a, in_b = _near_epipolar_line(a, b, essential, config.epipolar_px)
     if len(in_a) == 0:
         return np.empty((0, 2), dtype=np.int64), np.empty(0)
     similarity = torch.cat(
@@ -449,16 +463,24 @@ def _best_and_rival(
     return best, nothing.scatter_reduce(0, feature, others, reduce="amax")
 
 
-def _near_epipolar_line(a: _Features, b: _Features, essential: np.ndarray, max_px: float) -> Bool[Tensor, "m n"]:
-    """Whether the symmetric distance to the epipolar lines is at most `max_px` in both pictures."""
+def _near_epipolar_line(
+    a: _Features, b: _Features, essential: np.ndarray, max_px: float
+) -> tuple[Int[Tensor, " e"], Int[Tensor, " e"]]:
+    """Pairs of features whose symmetric distance to the epipolar lines is at most `max_px` in both pictures."""
     ray_a = torch.from_numpy(np.concatenate([a.normalised, np.ones((len(a.normalised), 1))], axis=1))
     ray_b = torch.from_numpy(np.concatenate([b.normalised, np.ones((len(b.normalised), 1))], axis=1))
     line_in_b = ray_a @ torch.from_numpy(essential).T
     line_in_a = ray_b @ torch.from_numpy(essential)
-    residual = (line_in_b.float() @ ray_b.float().T).abs_()
     limit_b = (max_px / b.focal_px * line_in_b[:, :2].norm(dim=1)).float()
     limit_a = (max_px / a.focal_px * line_in_a[:, :2].norm(dim=1)).float()
-    return (residual <= limit_b[:, None]) & (residual <= limit_a[None, :])
+    found = []
+    for start in range(0, len(ray_a), ROWS_AT_ONCE):  # all at once are 450 MB a thread
+        rows = slice(start, start + ROWS_AT_ONCE)
+        residual = (line_in_b[rows].float() @ ray_b.float().T).abs_()
+        near = (residual <= limit_b[rows, None]) & (residual <= limit_a[None, :])
+        found.append(near.nonzero() + torch.tensor([start, 0]))
+    of_a, of_b = torch.cat(found).T
+    return of_a, of_b
 
 
 def _join_tracks(

@@ -69,7 +69,17 @@ def _checked(frame: Frame, folder: Path, needs_pixels: bool, as_named: bool) -> 
     frame = _fit_intrinsics(frame, image, *_probe(image))
     if frame.mask is not None:
         frame = replace(frame, mask=_checked_mask(frame, folder, needs_pixels))
+    if needs_pixels and _may_be_transparent(image) and not read_rgb_and_usable(frame)[1].any():
+        raise ValueError(
+            f"The photograph {image} is transparent{' or masked' if frame.mask is not None else ''} everywhere, so that "
+            "nothing could be learnt from this reference view. Correct its transparency or choose another view."
+        )
     return frame
+
+
+def _may_be_transparent(image: Path) -> bool:
+    with Image.open(image) as file:
+        return file.mode == "RGBA"
 
 
 def _file_to_read(image: Path, name: str, folder: Path, long_side_px: int) -> Path:

@@ -25,6 +25,9 @@ STEREO_DEPTH = "stereo_depth"
 NUM_SEEN_POINTS = "num_seen_points"
 """Key under which stands how many of the first seed points are placed where photographs agree."""
 
+KEPT_PHOTOGRAPHS = 32
+"""Up to so many references stay in memory while seed points are searched; more are read again when they are needed."""
+
 RIGID_TOLERANCE = 1e-3
 """Largest deviation of R^T R from the identity: poses are written with at least four digits."""
 
@@ -193,6 +196,7 @@ class SparseViewsDataParser(DataParser):
                 frame,
                 fisheye=int(cameras.camera_type[index]) == CameraType.FISHEYE.value,
                 read_pixels=lambda frame=frame: read_rgb_and_usable(frame),
+                keeps_pixels=len(frames) <= KEPT_PHOTOGRAPHS,
             )
             for index, frame in enumerate(frames)
         ]

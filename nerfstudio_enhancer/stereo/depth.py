@@ -24,6 +24,9 @@ from nerfstudio_enhancer.stereo.sweep import (
 from nerfstudio_enhancer.stereo.views import StereoView, choose_sources
 from nerfstudio_enhancer.threads import map_on_threads
 
+ALL_AGREE_UP_TO = 32
+"""Views among which each is held against every other; among more, most do not overlap."""
+
 
 @dataclass(frozen=True)
 class StereoDepth:
@@ -71,7 +74,15 @@ def estimate_depth(
         return refine(seen, beside, inverse, step, bounds, config.refine, own)
 
     found = map_on_threads(planes_of, range(len(views)))
-    return map_on_threads(lambda index: _checked(index, fine, found, config), range(len(fine)))
+    others = [_that_may_agree(index, sources) for index in range(len(fine))]
+    return map_on_threads(lambda index: _checked(index, others[index], fine, found, config), range(len(fine)))
+
+
+def _that_may_agree(index: int, sources: Sequence[Sequence[int]]) -> list[int]:
+    """Views that may confirm a view's depth: all of few; of many, its sources and those whose source it is."""
+    if len(sources) <= ALL_AGREE_UP_TO:
+        return [other for other in range(len(sources)) if other != index]
+    return sorted({*sources[index], *(other for other, theirs in enumerate(sources) if index in theirs)})
 
 
 def _swept(
@@ -84,16 +95,21 @@ def _swept(
 
 
 def _checked(
-    index: int, views: Sequence[StereoView], planes: Sequence[Planes | None], config: StereoConfig
+    index: int,
+    others: Sequence[int],
+    views: Sequence[StereoView],
+    planes: Sequence[Planes | None],
+    config: StereoConfig,
 ) -> StereoDepth:
-    """One view's depth and where the other views confirm it."""
+    """One view's depth and where others confirm it."""
     view, own = views[index], planes[index]
     agreeing = torch.zeros(view.size, dtype=torch.int64, device=view.grey.device)
     if own is None:
         return StereoDepth(view, torch.zeros_like(view.grey), agreeing.bool())
     depth = 1 / own.state[0]
-    for other, theirs in enumerate(planes):
-        if other != index and theirs is not None:
+    for other in others:
+        theirs = planes[other]
+        if theirs is not None:
             agreeing += _agrees(view, depth, views[other], 1 / theirs.state[0], config)
     consistent = (agreeing >= config.min_agreeing) & (own.cost <= config.max_cost) & view.usable
     return StereoDepth(view, depth, consistent)

@@ -162,6 +162,23 @@ def test_lens_distortion_is_undone(fisheye: bool) -> None:
         points = np.column_stack([rays, np.ones(len(rays))])
         pixel = cv2.projectPoints(points, np.zeros(3), np.zeros(3), intrinsics, np.array([k1, k2, p1, p2, k3]))[0][:, 0]
     np.testing.assert_allclose(view.normalised(pixel), rays, atol=1e-5)
+    assert view.normalised(np.empty((0, 2))).shape == (0, 2)  # of a view that shares nothing with the others
+
+
+def test_photographs_of_many_views_are_read_again_instead_of_kept() -> None:
+    read = []
+
+    def pixels():
+        read.append(1)
+        return np.zeros((2, 2, 3), np.uint8), np.ones((2, 2), bool)
+
+    for keeps, times in ((True, 1), (False, 3)):
+        read.clear()
+        view = replace(pinhole(), read_pixels=pixels, keeps_pixels=keeps)
+        assert view.rgb.shape == (2, 2, 3)
+        assert view.usable.all()
+        assert view.rgb.sum() == 0
+        assert len(read) == times
 
 
 # --------------------------------------------------------------------------------- points from photographs
@@ -170,6 +187,15 @@ def test_lens_distortion_is_undone(fisheye: bool) -> None:
 @pytest.fixture(scope="module")
 def textured() -> TinyScene:
     return tiny_scene(num_images=3, width=200, height=150, arc_deg=25.0)
+
+
+def test_features_are_held_against_each_other_in_parts_as_all_at_once(textured: TinyScene, monkeypatch) -> None:
+    views = [reference_view(textured, index) for index in range(3)]
+    whole = match_features(views, TriangulationConfig())
+    monkeypatch.setattr("nerfstudio_enhancer.initial_splats.ROWS_AT_ONCE", 7)
+    parts = match_features(views, TriangulationConfig())
+    assert whole.num_points == parts.num_points > 20
+    np.testing.assert_array_equal(whole.pixel, parts.pixel)
 
 
 def test_points_triangulated_from_photographs_lie_on_the_surfaces(textured: TinyScene) -> None:

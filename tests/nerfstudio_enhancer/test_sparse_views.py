@@ -570,6 +570,13 @@ def test_masks_are_handed_on_and_keep_seed_points_out_of_the_sky(
     np.testing.assert_array_equal(mask[..., 0].numpy(), np.isfinite(scene.depth[0]))
 
 
+def test_a_reference_that_is_transparent_everywhere_is_refused(nerfstudio_folder: WriteFolder) -> None:
+    folder = nerfstudio_folder(mode="RGBA")
+    Image.new("RGBA", (64, 48)).save(folder / "images/view_5.png")
+    with pytest.raises(ValueError, match=r"images/view_5.png is transparent everywhere"):
+        parse(folder)
+
+
 def test_an_empty_mask_of_a_reference_is_refused(nerfstudio_folder: WriteFolder) -> None:
     folder = nerfstudio_folder(masks=True)
     Image.new("L", (64, 48)).save(folder / "masks/view_5.png")

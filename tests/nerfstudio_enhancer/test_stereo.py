@@ -12,7 +12,7 @@ from nerfstudio_enhancer.initial_splats import ReferenceView, SeedPointsConfig, 
 from nerfstudio_enhancer.losses import depth_loss
 from nerfstudio_enhancer.rasterize import native_library
 from nerfstudio_enhancer.stereo.config import RefineConfig, StereoConfig, SweepConfig
-from nerfstudio_enhancer.stereo.depth import StereoDepth, estimate_depth
+from nerfstudio_enhancer.stereo.depth import StereoDepth, _that_may_agree, estimate_depth
 from nerfstudio_enhancer.stereo.patches import Patches
 from nerfstudio_enhancer.stereo.predict import DepthDistribution
 from nerfstudio_enhancer.stereo.refine import refine
@@ -206,6 +206,13 @@ def test_the_same_generator_gives_the_same_depth(scene: TinyScene) -> None:
         return estimate_depth(views, [(1.0, 8.0)] * 2, config, torch.Generator().manual_seed(3))[0].depth
 
     assert torch.equal(run(), run())
+
+
+def test_of_many_views_only_sources_and_those_whose_source_it_is_may_confirm_a_depth() -> None:
+    few = [[1], [0], [0]]
+    assert _that_may_agree(0, few) == [1, 2]
+    many = [[(index + 1) % 40] for index in range(40)]
+    assert _that_may_agree(7, many) == [6, 8]
 
 
 def test_views_that_share_nothing_get_no_depth() -> None:

@@ -1094,6 +1094,7 @@ int raster_forward(const NseRasterArgs* args) {
     case 3: status = forward_tiles<3>(a, f, tiles); break;
     case 4: status = forward_tiles<4>(a, f, tiles); break;
     case 5: status = forward_tiles<5>(a, f, tiles); break;
+    case 6: status = forward_tiles<6>(a, f, tiles); break;
     case 7: status = forward_tiles<7>(a, f, tiles); break;
     case 8: status = forward_tiles<8>(a, f, tiles); break;
     default: status = forward_tiles<0>(a, f, tiles);
@@ -1125,7 +1126,7 @@ int raster_backward(const NseRasterArgs* args) {
       status = backward_tiles<n, false>(a, f, tiles, background_sums);         \
     break;
   switch (channels) {
-    NSE_CASE(1) NSE_CASE(3) NSE_CASE(4) NSE_CASE(5) NSE_CASE(7) NSE_CASE(8)
+    NSE_CASE(1) NSE_CASE(3) NSE_CASE(4) NSE_CASE(5) NSE_CASE(6) NSE_CASE(7) NSE_CASE(8)
     default: status = backward_tiles<0, true>(a, f, tiles, background_sums);
   }
 #undef NSE_CASE
