@@ -204,7 +204,7 @@ def read_prior(folder: Path, unet_folder: Path | None = None) -> VideoPrior:
     folders = PriorFolders(folder, unet_folder or folder / "unet")
     if missing := missing_parts(folders):
         raise FileNotFoundError(
-            f"prior folder {str(folder)!r} lacks {', '.join(f'{part}/' for part in missing)}: it needs "
+            f"prior folder {str(folder)!r} lacks {', '.join(missing)}: it needs "
             f"{', '.join(f'{part}/' for part in folders.needed)}, each with its config and safetensors weights."
         )
     scheduler = read_scheduler(folder)
@@ -217,21 +217,30 @@ def read_prior(folder: Path, unet_folder: Path | None = None) -> VideoPrior:
         std = SpatialTemporalDecoder.from_vae(vae, config.patch_size)
         if folders.ours:
             logger.warning("prior folder %r has no std/: frames are decoded as the VAE alone would.", str(folder))
-    return VideoPrior(
-        vae=vae,
-        unet=unet,
-        image_encoder=_read_image_encoder(folder / "image_encoder"),
-        std=std,
-        config=config,
-        scheduler_config=scheduler,
-        coarse=_read_diffusers(CoarseRepair, folder / "coarse") if folders.has_coarse else None,
-    )
+    try:
+        return VideoPrior(
+            vae=vae,
+            unet=unet,
+            image_encoder=_read_image_encoder(folder / "image_encoder"),
+            std=std,
+            config=config,
+            scheduler_config=scheduler,
+            coarse=_read_diffusers(CoarseRepair, folder / "coarse") if folders.has_coarse else None,
+        )
+    except ValueError as error:
+        if folders.ours:
+            raise
+        raise ValueError(
+            f"{error} {str(folder)!r} holds no {CONFIG_FILE}, so that it was read as Stable Video Diffusion; if it is a prior of this "
+            "package, copy that file too."
+        ) from error
 
 
 def missing_parts(folders: PriorFolders) -> list[str]:
-    """Parts that a prior needs and a folder has no config of."""
+    """Parts that a prior needs and a folder has no config of; the config by its name where the part's folder is there."""
     names = {part: "scheduler_config.json" if part == "scheduler" else "config.json" for part in folders.needed}
-    return [part for part, name in names.items() if not (folders.part(part) / name).is_file()]
+    missing = {part: name for part, name in names.items() if not (folders.part(part) / name).is_file()}
+    return [f"{part}/{name}" if folders.part(part).is_dir() else f"{part}/" for part, name in missing.items()]
 
 
 def read_scheduler(folder: Path) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     try:
         _run(command)
-    except (ValueError, FileNotFoundError, PermissionError, RuntimeError, ImportError) as error:
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
         print(f"ns-enhancer: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:

@@ -1,12 +1,52 @@
 """Nerfstudio's trainer with checkpoints that are written whole or not at all, and one line on what the device gets."""
 
 import errno
-from dataclasses import dataclass, field
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
+
+from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
+
+WORLD_FILE = "dataparser_transforms.json"
+"""In which nerfstudio keeps, in a run's folder, how the capture's world became the run's."""
+SAME_WORLD = 1e-3
+"""Largest difference of a rotation's or a scaled position's entry at which two worlds are one."""
+
+
+def check_resumed_run(config: TrainerConfig) -> None:
+    """Refuse, before anything is computed, to go on from a folder without checkpoints or from splats of other references.
+
+    Raises:
+        FileNotFoundError: `load_dir` holds no checkpoint.
+        ValueError: the world, which follows from the poses of the references, is not the one that the splats lie in.
+    """
+    folder = config.load_dir
+    if folder is None:
+        return
+    if not any(folder.glob("step-*.ckpt")):
+        below = folder / "nerfstudio_models"
+        hint = f"; did you mean {below}?" if below.is_dir() else ": give the nerfstudio_models folder of a run."
+        raise FileNotFoundError(f"`--load-dir` {folder} holds no checkpoint (step-*.ckpt){hint}")
+    kept = folder.parent / WORLD_FILE
+    datamanager = config.pipeline.datamanager
+    parser = getattr(datamanager, "dataparser", None)
+    if not kept.is_file() or not isinstance(parser, SparseViewsDataParserConfig):
+        return
+    data = getattr(datamanager, "data", None) or parser.data
+    outputs = replace(parser, data=Path(data), seed_points="none").setup().get_dataparser_outputs(split="train")
+    before = json.loads(kept.read_text(encoding="utf-8"))
+    there = torch.tensor([*before["transform"], [before["scale"], 0, 0, 0]])
+    here = torch.cat([outputs.dataparser_transform, torch.tensor([[outputs.dataparser_scale, 0, 0, 0]])])
+    if float((there - here).abs().max()) > SAME_WORLD:
+        raise ValueError(
+            f"The splats in {folder} were trained on other reference views (or on another capture) than this run asks for: the world "
+            "that follows from their poses is another. Give the `sparse-views` options of the first run, or train anew."
+        )
 
 
 @dataclass
@@ -26,7 +66,14 @@ class EnhancerTrainer(Trainer):
             f"Training on {self.device}: {self.config.max_num_iterations} steps, "
             + (f"images at most {size} px on the long side." if size else "images at full size.")
         )
+        check_resumed_run(self.config)
         super().setup(test_mode)
+        start = self._start_step
+        if start > 0:
+            CONSOLE.log(
+                f"Resumed at step {start}: `--max-num-iterations` counts from there, so that the training ends with step "
+                f"{start + self.config.max_num_iterations - 1}."
+            )
 
     @check_main_thread
     def save_checkpoint(self, step: int) -> None:

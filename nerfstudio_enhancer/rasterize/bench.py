@@ -267,6 +267,7 @@ def bench_rasterizer(output: Path, repeats: int = 5, report: Callable[[str], Non
         ValueError: `repeats` is below 1.
         RuntimeError: the native library was not built.
     """
+    output.parent.mkdir(parents=True, exist_ok=True)  # first: what cannot be kept need not be measured
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
     if load_library() is None:
@@ -315,7 +316,6 @@ def bench_rasterizer(output: Path, repeats: int = 5, report: Callable[[str], Non
         "ssim_ms_480x320": measure_ssim(480, 320),
         "cost_against_pairs": {"fit": fit, "points": sweep},
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps(result, indent=2) + "\n")
     plot_cost(result, output.with_suffix(".png"))
     for line in summary(result):

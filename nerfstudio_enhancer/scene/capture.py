@@ -65,15 +65,21 @@ def read_capture(data: Path) -> Capture:
         FileNotFoundError: the folder does not exist, or holds no poses.
         ValueError: the poses or intrinsics cannot be understood.
     """
-    from nerfstudio_enhancer.scene.colmap_folder import find_colmap_model, read_colmap_folder
+    from nerfstudio_enhancer.scene.colmap_folder import find_colmap_model, half_a_model, read_colmap_folder
     from nerfstudio_enhancer.scene.nerfstudio_folder import read_nerfstudio_folder
 
     if not data.exists():
-        raise FileNotFoundError(f"The data folder {data} does not exist; pass an existing one by `--data`.")
+        raise FileNotFoundError(
+            f"The data folder {data.absolute()} does not exist. In training give an existing one by `--data`; of a finished run "
+            "change `data` in its config.yml (a relative path counts from the folder in which the command runs)."
+        )
     if data.suffix == ".json" or (data / "transforms.json").exists():
         return read_nerfstudio_folder(data)
     if find_colmap_model(data) is not None:
         return read_colmap_folder(data)
+    half = half_a_model(data)
+    if half is not None:
+        raise FileNotFoundError(f"{half}: the model is not whole. Copy the rest of it there, or export it again.")
     raise FileNotFoundError(
         f"{data} has no poses: neither transforms.json nor a COLMAP model in sparse/0, colmap/sparse/0 or sparse was "
         f"found. {WAY_OUT_UNPOSED}"

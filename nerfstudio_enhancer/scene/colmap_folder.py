@@ -1,5 +1,6 @@
 """Captures in COLMAP's format: a sparse model beside a folder of photographs."""
 
+import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,6 +22,17 @@ def find_colmap_model(folder: Path) -> Path | None:
         model = folder / name
         if any(_has_model(model, suffix) for suffix in ("bin", "txt")):
             return model
+    return None
+
+
+def half_a_model(folder: Path) -> str | None:
+    """Which file of a COLMAP model is there without the one that it needs beside it; None where there is neither."""
+    for name, suffix in itertools.product(MODEL_FOLDERS, ("bin", "txt")):
+        files = [folder / name / f"{kind}.{suffix}" for kind in ("cameras", "images")]
+        there = [path for path in files if path.is_file()]
+        if len(there) == 1:
+            (missing,) = set(files) - set(there)
+            return f"{folder / name} holds {there[0].name} but no {missing.name}"
     return None
 
 

@@ -50,7 +50,7 @@ def _load(transforms_file: Path) -> dict[str, Any]:
     try:
         meta = json.loads(transforms_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{transforms_file} is no valid JSON: {error}.") from error
+        raise ValueError(f"{transforms_file} is no valid JSON: {error}. Copy it again, or make it anew.") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):
         raise ValueError(f"{transforms_file} has no list `frames`. {WAY_OUT_UNPOSED}")
     return meta

@@ -125,6 +125,7 @@ class SparseViewsDataParser(DataParser):
         frames = self._frames_of(split, capture, views)
         check_distortion(frames, camera_type)
         cameras = _cameras(frames, normalisation, camera_type, capture)
+        masks = _mask_filenames(frames)
         metadata: dict[str, Any] = {}
         if split == "train" and not self._only_looks and self.config.seed_points != "none":
             metadata.update(self._seed_points(capture, frames, cameras, normalisation))
@@ -132,7 +133,7 @@ class SparseViewsDataParser(DataParser):
             image_filenames=[frame.image for frame in frames],
             cameras=cameras,
             scene_box=self._scene_box(),
-            mask_filenames=_mask_filenames(frames),
+            mask_filenames=masks,
             metadata=metadata,
             dataparser_scale=normalisation.scale * capture.applied_scale,
             dataparser_transform=_from_original_world(normalisation.transform, capture),
@@ -270,7 +271,8 @@ def _extent(oriented: Tensor, references: list[Frame]) -> float:
     if spread <= 1e-6 * max(1.0, float(np.abs(centres).max())):
         raise ValueError(
             f"All {len(references)} reference cameras stand at one point, so that no depth can be learnt from them; "
-            "choose reference views from different places, for example by a larger `num_views`."
+            "choose reference views from different places, for example by a larger `num_views`; if all poses of the capture are "
+            "equal, pose the photographs again."
         )
     return float(oriented[:, :3, 3].abs().max())
 
@@ -315,7 +317,10 @@ def _mask_filenames(frames: list[Frame]) -> list[Path] | None:
     masks = [frame.mask for frame in frames if frame.mask is not None]
     if masks and len(masks) != len(frames):
         without = next(frame.name for frame in frames if frame.mask is None)
-        raise ValueError(f"Either every photograph has a mask or none: {without} has none.")
+        raise ValueError(
+            f"Either every photograph has a mask or none: {len(frames) - len(masks)} of {len(frames)} have none, {without} the first. "
+            "Give them one that is white everywhere, or take `mask_path` from all."
+        )
     return masks or None
 
 

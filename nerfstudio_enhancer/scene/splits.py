@@ -153,9 +153,13 @@ def _spread_evenly(pool: list[int], num_views: int) -> list[int]:
 
 def _require_two(reference: list[int], num_frames: int) -> None:
     if len(reference) < MIN_REFERENCE_VIEWS:
+        all_of_them = (
+            f" Every eighth or so is held out to test on: end the command with `sparse-views --num-views {num_frames}` to train on "
+            "all of them, or add photographs."
+        )
         raise ValueError(
             f"At least {MIN_REFERENCE_VIEWS} reference views are needed, got {len(reference)} out of {num_frames} posed "
-            f"photograph(s); pass `--num-views {max(num_frames, MIN_REFERENCE_VIEWS)}` to train on all of them, or add photographs."
+            f"photograph(s).{all_of_them if num_frames >= MIN_REFERENCE_VIEWS else ' Add photographs.'}"
         )
 
 

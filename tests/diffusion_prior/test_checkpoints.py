@@ -206,6 +206,20 @@ def test_a_part_of_another_size_is_refused(folder, tmp_path):
         load_prior(str(folder), "cpu")
 
 
+def test_what_lacks_is_named_by_its_file(folder):
+    (folder / "vae" / "config.json").unlink()
+    shutil.rmtree(folder / "image_encoder")
+    with pytest.raises(FileNotFoundError, match=r"lacks vae/config\.json, image_encoder/: it needs"):
+        load_prior(str(folder), "cpu")
+
+
+def test_a_prior_of_ours_without_its_settings_is_told_from_stable_video_diffusion(tmp_path):
+    save_prior(tiny_prior(), tmp_path)
+    (tmp_path / "prior_config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds no prior_config\.json, so that it was read as Stable Video"):
+        load_prior(str(tmp_path), "cpu")
+
+
 def test_a_cut_file_is_called_broken(folder):
     path = folder / "vae" / WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])

@@ -288,6 +288,20 @@ def test_a_round_keeps_its_opacity_where_photographs_are_transparent(
     assert (clip.alpha is not None) == (mode == "RGBA")
 
 
+def test_splats_of_other_references_are_not_gone_on_with(config: TrainerConfig) -> None:
+    config.pipeline.model.enhance.prior = "none"
+    run = train(config)
+    config.timestamp, config.load_dir = "again", run
+    with pytest.raises(FileNotFoundError, match=r"holds no checkpoint .*did you mean .*nerfstudio_models\?"):
+        train(config)
+    config.load_dir = run / "nerfstudio_models"
+    config.pipeline.datamanager.dataparser.num_views = 4
+    with pytest.raises(ValueError, match="trained on other reference views"):
+        train(config)
+    config.pipeline.datamanager.dataparser.num_views = 3
+    assert checkpoints(train(config)) == [f"step-{2 * STEPS - 1:09d}.ckpt"]
+
+
 def test_several_rounds_run_and_the_last_is_kept(config: TrainerConfig) -> None:
     config.pipeline.model.enhance.rounds = 2
     run = train(config)

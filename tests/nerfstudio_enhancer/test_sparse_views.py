@@ -379,7 +379,7 @@ def test_sfm_seed_points_of_a_processed_folder_follow_the_poses_of_transforms_js
 
 
 def test_a_missing_folder_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="does not exist; pass an existing one by `--data`"):
+    with pytest.raises(FileNotFoundError, match=r"does not exist\. In training give an existing one by `--data`"):
         parse(tmp_path / "nowhere")
 
 
@@ -570,6 +570,13 @@ def test_masks_are_handed_on_and_keep_seed_points_out_of_the_sky(
     np.testing.assert_array_equal(mask[..., 0].numpy(), np.isfinite(scene.depth[0]))
 
 
+def test_half_a_colmap_model_is_named(colmap_folder: WriteFolder) -> None:
+    folder = colmap_folder(binary=False)
+    (folder / "sparse/0/cameras.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"sparse/0 holds images.txt but no cameras.txt"):
+        parse(folder)
+
+
 def test_a_reference_that_is_transparent_everywhere_is_refused(nerfstudio_folder: WriteFolder) -> None:
     folder = nerfstudio_folder(mode="RGBA")
     Image.new("RGBA", (64, 48)).save(folder / "images/view_5.png")
@@ -606,7 +613,9 @@ def test_a_mask_of_another_size_or_with_colours_is_refused(nerfstudio_folder: Wr
 def test_masks_for_some_references_only_are_refused(nerfstudio_folder: WriteFolder) -> None:
     folder = nerfstudio_folder(masks=True)
     edit_transforms(folder, lambda meta: meta["frames"][4].pop("mask_path"))
-    with pytest.raises(ValueError, match=r"Either every photograph has a mask or none: images/view_5.png has none"):
+    with pytest.raises(
+        ValueError, match=r"Either every photograph has a mask or none: 1 of 3 have none, images/view_5.png the first"
+    ):
         parse(folder)
 
 
