@@ -84,7 +84,7 @@ def test_estimates_run_nothing_and_leave_the_prior_as_it_was():
 
 
 def test_the_first_preset_that_fits_is_chosen_and_the_thriftiest_where_none_does():
-    prior, clip = tiny_prior(num_frames=12), (12, 64, 64)
+    prior, clip = tiny_prior(num_frames=11), (11, 32, 32)
     whole = estimate_memory(prior, *clip, PRESETS["all"])
     assert choose_preset(prior, *clip, whole.peak) == ("all", whole)
     assert choose_preset(prior, *clip, whole.peak - 1)[0] == "24gb"
@@ -92,7 +92,7 @@ def test_the_first_preset_that_fits_is_chosen_and_the_thriftiest_where_none_does
 
 
 def test_presets_estimated_together_are_estimated_as_each_alone():
-    prior, presets = tiny_prior(num_frames=6), [PRESETS["16gb"], MemoryPreset(offload=True, slices=True)]
+    prior, presets = tiny_prior(num_frames=6), [PRESETS["all"], MemoryPreset(offload=True, decode_frames=3)]
     together = list(estimate_presets(prior, 6, 16, 24, presets))
     assert together == [estimate_memory(prior, 6, 16, 24, preset) for preset in presets]
     assert together[0] != together[1]

@@ -1,10 +1,10 @@
-import multiprocessing
 import operator
 import os
 import time
 
 import pytest
 
+from nerfstudio_enhancer import jobs
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 
 
@@ -19,10 +19,11 @@ def test_each_job_returns_its_value_and_its_memory():
 
 
 def test_with_a_gpu_jobs_run_one_at_a_time_in_processes_that_are_not_forked(monkeypatch):
-    assert results([Job("started", multiprocessing.get_start_method, (True,))])["started"].value == "forkserver"
+    assert jobs._context((), 1).get_start_method() == "forkserver"
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert workers_and_threads(None)[0] == 1
-    assert results([Job("started", multiprocessing.get_start_method, (True,))])["started"].value == "spawn"
+    assert jobs._context((), 1).get_start_method() == "spawn"
+    assert results([Job("product", operator.mul, (2, 4))])["product"].value == 8
 
 
 def test_a_failed_or_killed_job_leaves_the_others_alone():
