@@ -15,7 +15,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nerfstudio_enhancer.evaluation.methods import MAIN_METHODS, METHODS
-from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
+from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results, scene_names
 from nerfstudio_enhancer.evaluation.tables import benchmark_tables
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
 from nerfstudio_enhancer.scene.splits import SplitRule
@@ -184,9 +184,7 @@ def plan_cells(benchmark: Benchmark) -> list[Cell]:
     unknown = [method for method in (*benchmark.methods, *benchmark.redo) if method not in METHODS]
     if unknown:
         raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}.")
-    names = [data.name for data in benchmark.data]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"`--data` takes one or more scenes, told apart by folder name; got {names}.")
+    names = scene_names(benchmark.data)
     for data in benchmark.data:
         if not data.exists():
             raise FileNotFoundError(f"there is no scene at {data}.")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from nerfstudio_enhancer.evaluation.results import Results, cell_key, load_results, save_results
+from nerfstudio_enhancer.evaluation.results import Results, cell_key, load_results, save_results, scene_names
 from nerfstudio_enhancer.evaluation.tables import FIGURES, as_scores, text_table
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 from nerfstudio_enhancer.scene.capture import read_capture
@@ -145,9 +145,7 @@ def plan_folds(settings: LeaveOneOut) -> list[Fold]:
     for name in ("checks", "folds"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(settings, name)}.")
-    scenes = [data.name for data in settings.data]
-    if not scenes or len(set(scenes)) != len(scenes):
-        raise ValueError(f"`--data` takes one or more scenes, told apart by folder name; got {scenes}.")
+    scene_names(settings.data)
     folds = []
     for data in settings.data:
         if not data.exists():
