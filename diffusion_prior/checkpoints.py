@@ -217,15 +217,17 @@ def read_prior(folder: Path, unet_folder: Path | None = None) -> VideoPrior:
         std = SpatialTemporalDecoder.from_vae(vae, config.patch_size)
         if folders.ours:
             logger.warning("prior folder %r has no std/: frames are decoded as the VAE alone would.", str(folder))
+    image_encoder = _read_image_encoder(folder / "image_encoder")
+    coarse = _read_diffusers(CoarseRepair, folder / "coarse") if folders.has_coarse else None
     try:
         return VideoPrior(
             vae=vae,
             unet=unet,
-            image_encoder=_read_image_encoder(folder / "image_encoder"),
+            image_encoder=image_encoder,
             std=std,
             config=config,
             scheduler_config=scheduler,
-            coarse=_read_diffusers(CoarseRepair, folder / "coarse") if folders.has_coarse else None,
+            coarse=coarse,
         )
     except ValueError as error:
         if folders.ours:

@@ -213,7 +213,7 @@ def _check(config, num_references: int) -> None:
         raise ValueError(
             f"enhance.start must be at least step 1, got {config.start}: there are no splats to repair before."
         )
-    if num_references < 2 and config.rounds > 0 and config.prior != "none" and config.feed == "enhanced":
+    if num_references < 2 and config.rounds > 0 and config.uses_prior:
         raise ValueError(
             f"Enhancement needs at least 2 reference views, got {num_references}. Add photographs, raise `--num-views`, "
             "or train without it by `--pipeline.model.enhance.prior none`."

@@ -83,7 +83,7 @@ def train_first_stage(cell: Cell, settings: CellSettings) -> None:
     config = _first_stage_config(cell, settings)
     marker = config.get_base_dir() / STAGE_FILE
     made_of = {"data": str(cell.data.absolute()), **asdict(settings.scale), **settings.protocol.unusual}
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["made_of"] == made_of:
+    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")).get("made_of") == made_of:
         return
     trainer, wall_s = _train(config)
     told = {
