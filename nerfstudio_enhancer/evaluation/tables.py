@@ -91,21 +91,47 @@ def _figures(cells: Sequence[Cell], methods: Sequence[str]) -> str:
 
 
 def _gains(cells: Sequence[Cell], methods: Sequence[str]) -> str:
+    """Gains over the baselines, of splats and of their repaired renders, each over the places that it has itself."""
     shared = shared_cells(cells, methods)
     baselines = [name for name in BASELINES if name in methods]
     if not shared or not baselines:
         return f"No gain to report: needs cells of {' or '.join(BASELINES)} and of another method at the same place.\n"
+    repaired = [{**cell, "method": _name_repaired(cell["method"])} for cell in repaired_cells(shared)]
+    names = [name for method in methods for name in (method, _name_repaired(method))]
     header = ["views", "method", *(f"over {name}: PSNR / SSIM / LPIPS" for name in baselines)]
+    header.append(f"worst and best scene over {baselines[-1]}: PSNR")
     with_share = CEILING in methods and "geometry" in methods
+    if with_share:
+        header.append("share of the oracle's PSNR gain over geometry")
     rows = []
     for views in [*sorted({cell["views"] for cell in shared}), None]:
-        group = [cell for cell in shared if views is None or cell["views"] == views]
-        for method in methods:
+        group = [cell for cell in [*shared, *repaired] if views is None or cell["views"] == views]
+        for method in names:
             own = _of(group, method)
-            gains = [_gain(own, _of(group, name)) if name != method else MISSING for name in baselines]
-            share = [_share(own, _of(group, "geometry"), _of(group, CEILING))] if with_share else []
-            rows.append(["all" if views is None else str(views), method, *gains, *share])
-    return text_table([*header, *(["share of the oracle's PSNR gain over geometry"] if with_share else [])], rows)
+            if not own:
+                continue
+            places = {_place(cell) for cell in own}
+            same = [cell for cell in group if _place(cell) in places]
+            gains = [_gain(own, _of(same, name)) if name != method else MISSING for name in baselines]
+            extremes = _extremes(own, _of(same, baselines[-1])) if method != baselines[-1] else MISSING
+            share = [_share(own, _of(same, "geometry"), _of(same, CEILING))] if with_share else []
+            rows.append(["all" if views is None else str(views), method, *gains, extremes, *share])
+    return text_table(header, rows)
+
+
+def _name_repaired(method: str) -> str:
+    return f"{method}, {REPAIRED}"
+
+
+def _extremes(cells: Sequence[Cell], baseline: Sequence[Cell]) -> str:
+    """Smallest and largest gain of a scene at one number of views, each the mean over its seeds."""
+    before: dict[Any, list[float]] = {}
+    after: dict[Any, list[float]] = {}
+    for group, by_place in ((baseline, before), (cells, after)):
+        for cell in group:
+            by_place.setdefault((cell["scene"], cell["views"]), []).append(cell["psnr"])
+    gains = sorted((mean(after[place]) - mean(before[place]), place) for place in after)
+    return " to ".join(f"{gain:+.2f} ({scene} {views})" for gain, (scene, views) in (gains[0], gains[-1]))
 
 
 def _repaired(cells: Sequence[Cell], repaired: Sequence[Cell]) -> str:

@@ -18,12 +18,16 @@ def cell(method, psnr, scene="garden", views=3, seed=0, ssim=0.5, lpips=0.4):
     }
 
 
-def rows(table, start):
+def rows(table, start=""):
     return [
         [part.strip() for part in line.strip("|").split("|")]
         for line in table.splitlines()
-        if line.startswith(f"| {start} ")
+        if line.startswith(f"| {start}".rstrip() + " ")
     ]
+
+
+def gains_of(table):
+    return rows(table.split("## Gains")[1].split("\n## ")[0])
 
 
 def test_a_scene_with_more_seeds_weighs_no_more_than_another():
@@ -62,7 +66,8 @@ def test_tables_state_gains_over_both_baselines_and_the_share_of_the_oracle():
         ]
     ]
     method_row = next(row for row in rows(table, "3") if row[1] == "3dgs-enhancer")
-    assert method_row == ["3", "3dgs-enhancer", "+2.00 / +0.100 / -0.200", "+1.00 / +0.100 / -0.100", "25 %"]
+    extremes = "+1.00 (garden 3) to +1.00 (garden 3)"
+    assert method_row == ["3", "3dgs-enhancer", "+2.00 / +0.100 / -0.200", "+1.00 / +0.100 / -0.100", extremes, "25 %"]
     assert "preset quick" in table
     assert "commit abc" in table
 
@@ -97,3 +102,38 @@ def test_repaired_renders_stand_beside_those_of_the_same_splats():
     ]
     assert rows(table, r"3dgs-enhancer | **mean**")[0][-1] == "+0.50 / -0.050 / -0.050"
     assert "repaired" not in benchmark_tables(cells[:1], {"preset": "quick"})
+
+
+def test_gains_name_the_worst_and_the_best_scene_in_the_mean_of_their_seeds():
+    # garden gains 1 and 3 in two seeds, 2 in the mean; plush loses half a dB; garden with 6 views gains 5
+    cells = [
+        cell("geometry", 10.0),
+        cell("geometry", 11.0, seed=1),
+        cell("geometry", 20.0, scene="plush"),
+        cell("geometry", 12.0, views=6),
+        cell("3dgs-enhancer", 11.0),
+        cell("3dgs-enhancer", 14.0, seed=1),
+        cell("3dgs-enhancer", 19.5, scene="plush"),
+        cell("3dgs-enhancer", 17.0, views=6),
+    ]
+    table = benchmark_tables(cells, {})
+    of_three, of_six, of_all = (row for row in gains_of(table) if row[1] == "3dgs-enhancer")
+    assert of_three[-1] == "-0.50 (plush 3) to +2.00 (garden 3)"
+    assert of_six[-1] == "+5.00 (garden 6) to +5.00 (garden 6)"
+    assert of_all[-1] == "-0.50 (plush 3) to +5.00 (garden 6)"
+
+
+def test_gains_of_repaired_renders_are_over_the_places_that_have_them():
+    # the baseline of seed 1 must not count: its renders were not repaired
+    repaired = {"repaired_psnr": 12.0, "repaired_ssim": 0.5, "repaired_lpips": 0.3}
+    cells = [
+        cell("geometry", 10.0),
+        cell("geometry", 4.0, seed=1),
+        {**cell("3dgs-enhancer", 11.0), **repaired},
+        cell("3dgs-enhancer", 5.0, seed=1),
+        cell("oracle", 14.0),
+        cell("oracle", 8.0, seed=1),
+    ]
+    table = benchmark_tables(cells, {})
+    row = next(row for row in gains_of(table) if row[1] == "3dgs-enhancer, repaired")
+    assert row == ["3", row[1], "+2.00 / +0.000 / -0.100", "+2.00 (garden 3) to +2.00 (garden 3)", "50 %"]
