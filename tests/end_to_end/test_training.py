@@ -1,6 +1,5 @@
 """The whole way on a tiny scene: train, a round, kill, resume, and nerfstudio's commands on the result."""
 
-import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -14,58 +13,13 @@ from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.scripts.eval import ComputePSNR
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from nerfstudio.scripts.render import DatasetRender, RenderInterpolated
-from nerfstudio.scripts.train import train_loop
 from plyfile import PlyData
-from tiny_prior import tiny_prior
+from tiny_training import START, STEPS, train
 
-from diffusion_prior.checkpoints import save_prior
 from nerfstudio_enhancer.enhance_step import enhance_step
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore, round_folder_name
 
-START = 4
-STEPS = 8
-
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def prior_folder(tmp_path_factory) -> Path:
-    """A tiny untrained prior as a folder."""
-    folder = tmp_path_factory.mktemp("prior") / "tiny"
-    save_prior(tiny_prior(), folder)
-    return folder
-
-
-@pytest.fixture
-def config(nerfstudio_folder: Callable[..., Path], tmp_path: Path, prior_folder: Path) -> TrainerConfig:
-    """The method as registered, with three references of the tiny scene and one round after a few steps."""
-    config = copy.deepcopy(all_methods["3dgs-enhancer"])
-    config.data = nerfstudio_folder(num_images=10, width=64, height=48)
-    config.output_dir, config.experiment_name, config.timestamp = tmp_path / "outputs", "tiny", "first"
-    config.vis = "tensorboard"
-    config.viewer.quit_on_train_completion = True
-    config.machine.device_type = "cpu"
-    config.max_num_iterations = STEPS
-    config.steps_per_save = 1000
-    config.pipeline.datamanager.data = config.data
-    config.pipeline.datamanager.dataparser.num_views = 3
-    config.pipeline.datamanager.dataparser.test_every = 3
-    config.pipeline.datamanager.dataparser.seed_points = "random"
-    enhance = config.pipeline.model.enhance
-    enhance.prior, enhance.start, enhance.every, enhance.rounds = str(prior_folder), START, 2, 1
-    enhance.trajectory.min_frames = enhance.trajectory.max_frames = 3
-    return config
-
-
-def train(config: TrainerConfig) -> Path:
-    """Train as ns-train does.
-
-    Returns:
-        The run's folder.
-    """
-    config.save_config()
-    train_loop(local_rank=0, world_size=1, config=config)
-    return config.get_base_dir()
 
 
 def views_of(run: Path, step: int = START) -> EnhancedViewStore:
