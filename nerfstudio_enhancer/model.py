@@ -89,7 +89,7 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail. None: after a
     third of the training."""
     lpips_every: int = 4
-    """LPIPS counts on references in one of so many steps, so many times as much: it takes about as long as a step of splats."""
+    """LPIPS counts in one of so many steps, so many times as much: it takes about as long as a step of splats."""
     few_views: int = 12
     """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full; with more, which keep splats in place
     themselves, they weaken with the square of the number."""
@@ -424,9 +424,8 @@ class EnhancerModel(SplatfactoModel):
                 known, certainty = _nearest(batch[KNOWN_DEPTH].to(depth), *depth.shape[:2]).split(1, dim=-1)
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
-            if self._lpips_is_due():
-                weight = self.config.lpips_weight * self.config.lpips_every
-                losses["perceptual_loss"] = weight * _lpips(*self._compared(outputs, batch))
+            if self.step >= (self.config.lpips_start or 0):
+                losses |= self._perceptual_losses(self.config.lpips_weight, *self._compared(outputs, batch))
         if self.config.ray_spread > 0 and DISPARITY_MOMENTS in outputs:  # not in evaluation
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
             losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
@@ -447,16 +446,15 @@ class EnhancerModel(SplatfactoModel):
                 rendered, target, confidence, batch["image_confidence"], self.config.ssim_lambda
             )
         }
-        if self.config.enhance.lpips_weight > 0:
-            weight = self.config.enhance.lpips_weight * batch["image_confidence"]
-            losses["perceptual_loss"] = weight * _lpips(rendered, target)
-        return losses
+        weight = self.config.enhance.lpips_weight * batch["image_confidence"]
+        return losses | self._perceptual_losses(weight, rendered, target)
 
-    def _lpips_is_due(self) -> bool:
-        """Whether LPIPS counts in this step, where it is one of a reference photograph."""
-        config = self.config
-        start = config.lpips_start or 0
-        return config.lpips_weight > 0 and self.step >= start and self.step % config.lpips_every == 0
+    def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """LPIPS of [h w 3] pictures where it is due in this step, times the steps in which it is not."""
+        every = self.config.lpips_every
+        if weight == 0 or self.step % every != 0:
+            return {}
+        return {"perceptual_loss": weight * every * _lpips(rendered, target)}
 
     def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:
         """Render and reference photograph as splatfacto's loss compares them: on one background, masked parts black in both."""
