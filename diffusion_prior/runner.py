@@ -29,7 +29,7 @@ def prepare_prior(
         name: as in `checkpoints.load_prior`.
         device: where it shall compute.
         sampling: what the user asks for.
-        clip: the first one; others are taken to be as large.
+        clip: the first one; for larger ones see `plan_memory`.
         say: is told the estimated memory before anything is computed, on a GPU or where a preset was asked for.
 
     Raises:
@@ -42,13 +42,26 @@ def prepare_prior(
     prior.sampling = sampling
     dtype = fast_dtype(device) if sampling.precision == "auto" else DTYPES[sampling.precision]
     prior.to(dtype=dtype)
-    fitted = fit_clip(clip, prior.fit, prior.frame_size).clip
-    preset = "all" if sampling.memory == "auto" and device.type != "cuda" else sampling.memory
-    if preset != "all" or device.type == "cuda":
-        preset = _announced(prior, preset, device, fitted, say)
-    prior.use_memory_preset(PRESETS[preset])
-    with explain_exhaustion(prior, fitted):
+    plan_memory(prior, device, clip, say)
+    with explain_exhaustion(prior, fit_clip(clip, prior.fit, prior.frame_size).clip):
         return prior.to(device)
+
+
+def plan_memory(prior: VideoPrior, device: torch.device, clip: ConditionClip, say: Callable[[str], None]) -> None:
+    """Choose the memory preset with which a prior repairs clips up to the size of the given one, as `sampling.memory` says.
+
+    Args:
+        prior: to be used on `device`, whether it is there already or not.
+        device: where it computes.
+        clip: the largest so far.
+        say: is told the estimated memory on a GPU or where a preset was asked for.
+    """
+    preset = prior.sampling.memory
+    if preset == "auto" and device.type != "cuda":
+        preset = "all"
+    if preset != "all" or device.type == "cuda":
+        preset = _announced(prior, preset, device, fit_clip(clip, prior.fit, prior.frame_size).clip, say)
+    prior.use_memory_preset(PRESETS[preset])
 
 
 def _announced(
@@ -57,7 +70,10 @@ def _announced(
     """The preset, decided, after the estimate was told."""
     height, width = fitted.rgb.shape[-2:]
     size = (fitted.num_frames, height, width)
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    free = None
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for later counts as taken
+        free = torch.cuda.mem_get_info(device)[0] + _bytes_on_gpu(prior)
     if preset == "auto":
         assert free is not None
         preset, estimate = choose_preset(prior, *size, free)
@@ -72,3 +88,9 @@ def _announced(
             text += " That may not be enough: see `--pipeline.model.enhance.sampling.memory` and `.frame-size`."
     say(text)
     return preset
+
+
+def _bytes_on_gpu(prior: VideoPrior) -> int:
+    """What the networks take there already, which the estimate counts too."""
+    parameters = (parameter for module in prior.modules.values() for parameter in module.parameters())
+    return sum(tensor.numel() * tensor.element_size() for tensor in parameters if tensor.is_cuda)

@@ -74,7 +74,7 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
                 datamanager=EnhancerDataManagerConfig(
                     dataparser=SparseViewsDataParserConfig(),
                     cache_images_type="uint8",
-                    max_image_size=None if ON_GPU else 480,
+                    max_image_size=1600 if ON_GPU else 480,
                 ),
                 model=model,
             ),

@@ -23,7 +23,7 @@ class EnhancerDataManagerConfig(FullImageDatamanagerConfig):
     _target: type = field(default_factory=lambda: EnhancerDataManager)
     max_image_size: int | None = None
     """Longest image side in pixels that training and evaluation use; larger photographs are reduced in memory. None keeps
-    them as they are (times `camera_res_scale_factor`)."""
+    them as they are (times `camera_res_scale_factor`); a round then takes 3 to 4 GB of the GPU's memory a megapixel."""
 
 
 class EnhancerDataManager(FullImageDatamanager[InputDataset]):
@@ -44,6 +44,7 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         self.enhanced_views: EnhancedViewStore | None = None
         self.enhanced_ratio = 0.0
         self.seed = 0
+        self.gives_depth = True  # batches carry `KNOWN_DEPTH`
         self._depth_at_reference: dict[int, torch.Tensor] = {}
         super().__init__(config=config, device=device, test_mode=test_mode, **kwargs)
 
@@ -77,9 +78,9 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         return camera, batch
 
     def _known_depth(self, index: int) -> torch.Tensor | None:
-        """Depth of a reference at its training camera and its certainty [h w 2] (`known_depth`); None without stereo."""
+        """Depth of a reference at its training camera and its certainty [h w 2]; None without stereo or where nobody asks."""
         depths = self.train_dataparser_outputs.metadata.get(STEREO_DEPTH, ())
-        if not depths:
+        if not depths or not self.gives_depth:
             return None
         if index not in self._depth_at_reference:
             from nerfstudio_enhancer.stereo.seeds import known_depth

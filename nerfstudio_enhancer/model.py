@@ -22,6 +22,7 @@ from nerfstudio.models.splatfacto import (
 from nerfstudio.utils.colors import get_color
 from torch import Tensor
 
+from diffusion_prior.perceptual import MIN_SIZE_PX
 from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_opencv
 from nerfstudio_enhancer.datamanager import KNOWN_DEPTH
@@ -103,11 +104,15 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
 
     def fit_to(self, steps: int) -> None:
-        """Decide, in place, what is left open (None) of when rounds run and LPIPS counts, for a training of so many steps."""
+        """Decide, in place, what is left open (None) of when rounds run and LPIPS counts, for a training of so many steps.
+
+        Each of `num_downscales` ends after a tenth of it at the latest.
+        """
         third, sixth = max(1, steps // 3), max(1, steps // 6)
         self.lpips_start = third if self.lpips_start is None else self.lpips_start
         self.enhance.start = third if self.enhance.start is None else self.enhance.start
         self.enhance.every = sixth if self.enhance.every is None else self.enhance.every
+        self.resolution_schedule = min(self.resolution_schedule, max(1, steps // 10))
 
 
 class EnhancerModel(SplatfactoModel):
@@ -452,8 +457,8 @@ class EnhancerModel(SplatfactoModel):
     def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor) -> dict[str, Tensor]:
         """LPIPS of [h w 3] pictures where it is due in this step, times the steps in which it is not."""
         every = self.config.lpips_every
-        if weight == 0 or self.step % every != 0:
-            return {}
+        if weight == 0 or self.step % every != 0 or min(rendered.shape[:2]) < MIN_SIZE_PX:
+            return {}  # early steps of `num_downscales` may be smaller than what AlexNet can see
         return {"perceptual_loss": weight * every * _lpips(rendered, target)}
 
     def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:

@@ -22,6 +22,7 @@ class LazyPrior:
         self.device = torch.device(device)
         self.sampling = sampling or SamplingConfig()
         self._prior: VideoPrior | None = None
+        self._largest = 0
 
     def find(self) -> None:
         """Make sure that the prior is here and can do what is asked, without reading it; a hub repository is fetched.
@@ -41,8 +42,12 @@ class LazyPrior:
             ValueError: unknown name, foreign or broken prior folder.
             OutOfDeviceMemory: the GPU is too small for it, with the ways out.
         """
-        if self._prior is None:
-            from diffusion_prior.runner import prepare_prior
+        from diffusion_prior.runner import plan_memory, prepare_prior
 
+        size = clip.rgb.numel()
+        if self._prior is None:
             self._prior = prepare_prior(self.name, self.device, self.sampling, clip, CONSOLE.log)
+        elif size > self._largest and self.device.type == "cuda" and self.sampling.memory == "auto":
+            plan_memory(self._prior, self.device, clip, CONSOLE.log)
+        self._largest = max(self._largest, size)
         return self._prior.enhance(clip, generator)

@@ -50,6 +50,7 @@ class Rounds:
         self.done: set[int] = set()
         _check(self.config, len(self.references.photographs))
         model.seed = datamanager.seed = self.seed
+        datamanager.gives_depth = model.config.depth_weight > 0
         model.set_reference_mean(mean_colour(self.references))
         self.store = datamanager.enhanced_views = EnhancedViewStore()
         self.controls = model.enhancer_controls

@@ -10,6 +10,7 @@ from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from nerfstudio_enhancer.rasterize.dispatch import check_cuda_kernels
 from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 
 WORLD_FILE = "dataparser_transforms.json"
@@ -49,6 +50,21 @@ def check_resumed_run(config: TrainerConfig) -> None:
         )
 
 
+def check_precision(config: TrainerConfig) -> None:
+    """Refuse scaled gradients, which densification would take for large ones.
+
+    Raises:
+        ValueError: mixed precision or a gradient scaler is asked for.
+    """
+    for name in ("mixed_precision", "use_grad_scaler"):
+        if getattr(config, name):
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"`--{option}` must be False, got True: splats are densified by the size of their gradients, which it scales. "
+                "The prior chooses its own precision (`--pipeline.model.enhance.sampling.precision`)."
+            )
+
+
 @dataclass
 class EnhancerTrainerConfig(TrainerConfig):
     """Settings of the trainer."""
@@ -66,7 +82,10 @@ class EnhancerTrainer(Trainer):
             f"Training on {self.device}: {self.config.max_num_iterations} steps, "
             + (f"images at most {size} px on the long side." if size else "images at full size.")
         )
+        check_precision(self.config)
         check_resumed_run(self.config)
+        if torch.device(self.device).type == "cuda":
+            check_cuda_kernels()
         super().setup(test_mode)
         start = self._start_step
         if start > 0:

@@ -34,7 +34,7 @@ TURN_WEIGHT = 1.0
 
 @dataclass(frozen=True)
 class WarpSources:
-    """Reference photographs with the splats' depth at each."""
+    """Reference photographs with the splats' depth at each, on any device: of many, a camera is shown a few."""
 
     photographs: list[Float[Tensor, "_h _w 3"]]
     """sRGB in [0, 1]; sizes may differ."""
@@ -48,11 +48,10 @@ class WarpSources:
     @classmethod
     def of(cls, model: EnhancerModel, references: References) -> WarpSources:
         """Render the splats' depth at every reference."""
-        device, cameras = model.device, references.cameras
-        photographs = [photograph.to(device) for photograph in references.photographs]
-        depths = [render_clip(model, cameras[i : i + 1].to(device)).depth[0] for i in range(len(photographs))]
-        usable = None if references.usable is None else [usable.to(device) for usable in references.usable]
-        return cls(photographs, depths, cameras, usable)
+        cameras = references.cameras
+        views = (cameras[i : i + 1].to(model.device) for i in range(len(references.photographs)))
+        depths = [render_clip(model, view).depth[0].cpu() for view in views]
+        return cls(references.photographs, depths, cameras, references.usable)
 
 
 def warp_references(
@@ -141,7 +140,7 @@ def _looked_up(points: Float[Tensor, "h w 3"], index: int, sources: WarpSources)
     grid = pixel / pixel.new_tensor([width, height]) * 2 - 1
     shown = sources.depths[index]
     usable = torch.ones_like(shown) if sources.usable is None else sources.usable[index]
-    images = torch.cat([photograph, shown, usable], dim=-1).permute(2, 0, 1)[None]
+    images = torch.cat([photograph, shown, usable], dim=-1).permute(2, 0, 1)[None].to(points)
     sampled = F.grid_sample(images, grid[None], padding_mode="border", align_corners=False)[0]
     colour, shown, usable = sampled.split([3, 1, 1])
     inside = (grid.abs().amax(-1) <= 1) & (depth > NEAREST)

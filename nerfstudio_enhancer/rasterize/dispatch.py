@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from typing import Any, Literal
 
 import torch
@@ -253,6 +254,21 @@ def rasterize_reference(
     if render_mode.endswith("ED"):
         render = torch.cat([render[..., :-1], render[..., -1:] / alpha.clamp(min=1e-10)], dim=-1)
     return render, alpha, _info(radii, means2d, depths, conics, opacities2d, width, height)
+
+
+def check_cuda_kernels() -> None:
+    """Load gsplat's CUDA kernels, which it compiles where there are none yet (minutes, once).
+
+    Raises:
+        RuntimeError: they are not there and cannot be compiled, with the ways out.
+    """
+    if import_module("gsplat.cuda._backend")._C is None:
+        raise RuntimeError(
+            "gsplat has no CUDA kernels: it compiles them with `nvcc`, which is not on the PATH. Install the CUDA toolkit of the "
+            "version that torch was built for (`python -c 'import torch; print(torch.version.cuda)'`) and put its `bin` on the "
+            "PATH, or install a gsplat 1.4.0 wheel with kernels (https://docs.gsplat.studio/whl), or train on the CPU by "
+            "`--machine.device-type cpu`."
+        )
 
 
 def _rasterize_cuda(

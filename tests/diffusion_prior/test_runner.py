@@ -4,8 +4,9 @@ from svd_folders import write_svd_folder
 from tiny_prior import random_clip
 
 from diffusion_prior import prior as prior_module
-from diffusion_prior.memory import PRESETS, OutOfDeviceMemory
-from diffusion_prior.runner import prepare_prior
+from diffusion_prior.fitting import fit_clip
+from diffusion_prior.memory import PRESETS, OutOfDeviceMemory, estimate_memory
+from diffusion_prior.runner import plan_memory, prepare_prior
 from diffusion_prior.sampling_config import SamplingConfig
 
 CPU = torch.device("cpu")
@@ -67,3 +68,24 @@ def test_weights_that_do_not_fit_are_explained(folder, monkeypatch):
     with pytest.raises(OutOfDeviceMemory, match=r"3 frames of 32 x 16 .*sampling\.memory 8gb") as caught:
         prepare_prior(folder, torch.device("cuda"), sampling, random_clip(3, 30, 60), lambda line: None)
     assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+
+
+def test_the_preset_is_chosen_anew_for_larger_clips(folder, monkeypatch):
+    free = [1 << 40]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], 1 << 40))
+    monkeypatch.setattr(prior_module.VideoPrior, "to", lambda self, device=None, dtype=None: self)
+    gpu, said = torch.device("cuda"), []
+    small, large = random_clip(3, 32, 32), random_clip(9, 128, 128)
+    prior = prepare_prior(folder, gpu, SamplingConfig(precision="fp32"), small, said.append)
+    assert prior.preset == PRESETS["80gb"]
+    free[0] = estimate_memory(prior, *fitted_size(prior, small), PRESETS["80gb"]).peak
+    plan_memory(prior, gpu, small, said.append)
+    assert prior.preset == PRESETS["80gb"]
+    plan_memory(prior, gpu, large, said.append)
+    assert prior.preset != PRESETS["80gb"]
+    assert len(said) == 3
+
+
+def fitted_size(prior, clip):
+    fitted = fit_clip(clip, prior.fit, prior.frame_size).clip
+    return fitted.num_frames, *fitted.rgb.shape[-2:]

@@ -29,6 +29,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
         return on_pretended(rasterize(*off_pretended(args), **off_pretended(options)))
 
     monkeypatch.setattr(dispatch, "_rasterize_cuda", on_gpu)
+    monkeypatch.setattr("nerfstudio_enhancer.trainer.check_cuda_kernels", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (1 << 34, 1 << 34))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)

@@ -319,3 +319,10 @@ def test_photographs_are_reduced_in_memory_to_the_size_asked_for(config: Trainer
 
     assert {Image.open(path).size for path in (tmp_path / "out").rglob("*.jpg")} == {(40, 30)}
     assert {path: path.stat().st_mtime_ns for path in config.data.rglob("*")} == before
+
+
+@pytest.mark.parametrize("name", ["mixed_precision", "use_grad_scaler"])
+def test_scaled_gradients_are_refused(config: TrainerConfig, name: str) -> None:
+    setattr(config, name, True)
+    with pytest.raises(ValueError, match=rf"`--{name.replace('_', '-')}` must be False, got True"):
+        train(config)

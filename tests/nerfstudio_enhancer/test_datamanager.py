@@ -48,6 +48,8 @@ def test_batches_of_references_carry_what_is_known_of_their_depth(tmp_path: Path
     truth = torch.from_numpy(SCENE.depth[[0, 2, 4][index]][::2, ::2]).float() * scale
     known = trusted[..., 0] > 0
     assert ((trusted[..., 0] / truth - 1).abs()[known]).median() < 0.01
+    manager.gives_depth = False
+    assert KNOWN_DEPTH not in manager.next_train(0)[1]
 
 
 def test_without_stereo_batches_carry_no_depth(tmp_path: Path) -> None:

@@ -259,6 +259,15 @@ def test_what_is_left_open_follows_the_length_of_the_training() -> None:
     assert (config.lpips_start, config.enhance.start, config.enhance.every) == (1000, 1000, 7)
     config.fit_to(6000)  # nothing is open any more
     assert (config.lpips_start, config.enhance.start) == (1000, 1000)
+    assert config.resolution_schedule == 300  # splatfacto's 3,000 would be the whole of the first
+
+
+def test_lpips_leaves_out_pictures_that_are_too_small_for_it() -> None:
+    config = plain()
+    config.lpips_weight, config.lpips_every = 0.25, 1
+    model = build(config).eval()
+    small = {"rgb": torch.rand(30, 40, 3), "background": torch.zeros(3)}
+    assert "perceptual_loss" not in model.get_loss_dict(small, {"image": torch.rand(30, 40, 3)})
 
 
 def test_too_few_seed_points_are_refused() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -595,3 +596,9 @@ def render_on_cuda(scene: dict, **options) -> dict[str, torch.Tensor]:
         return image.cpu(), alpha.cpu(), info
 
     return {k: v.cpu() for k, v in render_with_gradients(on_cuda, scene, torch.float32, **options).items()}
+
+
+def test_missing_cuda_kernels_are_told_with_the_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "import_module", lambda name: SimpleNamespace(_C=None))
+    with pytest.raises(RuntimeError, match=r"`nvcc`, which is not on the PATH.*--machine.device-type cpu"):
+        dispatch.check_cuda_kernels()
