@@ -12,6 +12,10 @@ from tiny_training import START, STEPS
 
 from diffusion_prior.sampling_config import SamplingConfig
 from diffusion_prior.types import ConditionClip
+from nerfstudio_enhancer.depth_training import whole_splats
+from nerfstudio_enhancer.evaluation import cell, methods
+from nerfstudio_enhancer.pairs import sparse_splats
+from nerfstudio_enhancer.pairs.make_pairs import SplatTraining
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.rasterize import dispatch
 
@@ -88,8 +92,8 @@ def test_a_training_with_the_bundled_prior_and_everything_on_mixes_no_devices(
     model.rasterize_mode, model.color_corrected_metrics = "antialiased", True
     trainer = trained(gpu_config)
     assert is_on_gpu(trainer)
-    metrics = trainer.pipeline.get_average_eval_image_metrics()
-    assert metrics["repaired_psnr"] != metrics["psnr"]
+    measured = cell.evaluate(trainer)
+    assert measured["repaired_psnr"] != measured["psnr"]
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "RGB"])
@@ -123,6 +127,22 @@ def test_finished_splats_are_shown_and_repaired_on_one_device(gpu_config: Traine
     box = OrientedBox.from_params(pos=(0.0, 0.0, 0.0), rpy=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
     shown = pipeline.model.get_outputs_for_camera(camera, obb_box=box)
     assert {shown[name].device for name in ("rgb", "depth", "confidence", "repaired")} == {cuda}
+
+
+def test_pairs_along_paths_are_made_on_one_device(
+    nerfstudio_folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cuda: torch.device
+) -> None:
+    def on_gpu() -> TrainerConfig:
+        config = methods.method_config()
+        config.machine.device_type = "cuda"
+        return config
+
+    for module in (sparse_splats, whole_splats):
+        monkeypatch.setattr(module, "method_config", on_gpu)
+    training = SplatTraining(
+        nerfstudio_folder(), tmp_path / "pairs", 3, 0, (3,), 64, 4, True, random_points=True, paths=True, whole_steps=3
+    )
+    assert sparse_splats.make_runs(training, [3]) == 3  # photographs, paths and damaged splats
 
 
 @pytest.mark.parametrize(
