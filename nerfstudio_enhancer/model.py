@@ -90,7 +90,7 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail. None: after a
     third of the training."""
     lpips_every: int = 4
-    """LPIPS counts in one of so many steps, so many times as much: it takes about as long as a step of splats."""
+    """LPIPS counts on references in one of so many steps, so many times as much: it takes about as long as a step of splats."""
     few_views: int = 12
     """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full; with more, which keep splats in place
     themselves, they weaken with the square of the number."""
@@ -430,7 +430,8 @@ class EnhancerModel(SplatfactoModel):
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
             if self.step >= (self.config.lpips_start or 0):
-                losses |= self._perceptual_losses(self.config.lpips_weight, *self._compared(outputs, batch))
+                compared = self._compared(outputs, batch)
+                losses |= self._perceptual_losses(self.config.lpips_weight, *compared, every=self.config.lpips_every)
         if self.config.ray_spread > 0 and DISPARITY_MOMENTS in outputs:  # not in evaluation
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
             losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
@@ -454,11 +455,13 @@ class EnhancerModel(SplatfactoModel):
         weight = self.config.enhance.lpips_weight * batch["image_confidence"]
         return losses | self._perceptual_losses(weight, rendered, target)
 
-    def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """LPIPS of [h w 3] pictures where it is due in this step, times the steps in which it is not."""
-        every = self.config.lpips_every
+    def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor, every: int = 1) -> dict[str, Tensor]:
+        """LPIPS of [h w 3] pictures in one of `every` steps, so many times as much; of none that are too small for it.
+
+        Early steps of `num_downscales` may show less than AlexNet can see.
+        """
         if weight == 0 or self.step % every != 0 or min(rendered.shape[:2]) < MIN_SIZE_PX:
-            return {}  # early steps of `num_downscales` may be smaller than what AlexNet can see
+            return {}
         return {"perceptual_loss": weight * every * _lpips(rendered, target)}
 
     def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:
