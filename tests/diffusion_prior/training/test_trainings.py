@@ -57,6 +57,13 @@ def changed_parts(before, after) -> set[str]:
     }
 
 
+@pytest.fixture
+def another_precision():
+    """Lets the next training choose its arithmetic: accelerate keeps the first one of a process."""
+    yield AcceleratorState._reset_state
+    AcceleratorState._reset_state()
+
+
 @pytest.fixture(scope="module")
 def before(tiny_prior):
     return load_prior(str(tiny_prior), "cpu", torch.float32)
@@ -198,8 +205,9 @@ def test_the_coarse_repair_learns_to_brighten_renders_of_scenes_that_are_new_to_
 
 
 def test_a_whole_prior_is_trained_stage_by_stage_and_a_finished_stage_is_not_trained_again(
-    other_pairs, tmp_path, monkeypatch
+    other_pairs, tmp_path, monkeypatch, another_precision
 ):
+    another_precision()  # this machine's own, which may be bfloat16
     minutes = {f"{stage}_minutes": 1e-3 for stage in ("vae", "ldm", "std", "coarse")}
     plan = train_all.PlanConfig(pairs=other_pairs, output=tmp_path, coarse_folds=2, **minutes)
     train_all.run(plan)
@@ -426,13 +434,6 @@ def test_two_processes_train_together(pairs, tiny_prior, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert [line["step"] for line in log(tmp_path) if "loss" in line] == [1, 2]
     assert (tmp_path / "prior" / "model_index.json").is_file()
-
-
-@pytest.fixture
-def another_precision():
-    """Lets the next training choose its arithmetic: accelerate keeps the first one of a process."""
-    yield AcceleratorState._reset_state
-    AcceleratorState._reset_state()
 
 
 @pytest.mark.parametrize(("task", "kind"), [(train_vae, VaeConfig), (train_ldm, LdmConfig), (train_std, StdConfig)])
