@@ -84,7 +84,7 @@ def test_a_training_with_the_bundled_prior_and_everything_on_mixes_no_devices(
     gpu_config: TrainerConfig, cuda: torch.device
 ) -> None:
     model, data = gpu_config.pipeline.model, gpu_config.pipeline.datamanager.dataparser
-    data.seed_points, data.initial.stereo.refine_px = "stereo", 64
+    data.seed_points, data.initial.stereo.refine_px, data.test_every = "stereo", 64, 7
     model.enhance.prior, model.enhance.ratio = "bundled", 1.0
     model.enhance.unseen_range = (0.0, 0.0)
     model.depth_weight, model.lpips_every = 0.1, 1
@@ -96,17 +96,16 @@ def test_a_training_with_the_bundled_prior_and_everything_on_mixes_no_devices(
     assert measured["repaired_psnr"] != measured["psnr"]
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "RGB"])
 def test_masks_and_transparency_mix_no_devices(
-    gpu_config: TrainerConfig, nerfstudio_folder: Callable[..., Path], cuda: torch.device, mode: str
+    gpu_config: TrainerConfig, nerfstudio_folder: Callable[..., Path], cuda: torch.device
 ) -> None:
-    folder = nerfstudio_folder(num_images=10, width=64, height=48, mode=mode, masks=mode == "RGB")
+    folder = nerfstudio_folder(num_images=10, width=64, height=48, mode="RGBA", masks=True)
     gpu_config.data = gpu_config.pipeline.datamanager.data = folder
     gpu_config.pipeline.model.enhance.ratio = 1.0
     assert is_on_gpu(trained(gpu_config))
 
 
-@pytest.mark.parametrize("feed", ["blurred", "mean-filled", "photographs", "faultless"])
+@pytest.mark.parametrize("feed", ["blurred", "photographs", "faultless"])
 def test_controls_mix_no_devices(gpu_config: TrainerConfig, cuda: torch.device, feed: str) -> None:
     gpu_config.pipeline.model.enhance.prior, gpu_config.pipeline.model.enhance.feed = "none", feed
     gpu_config.max_num_iterations = START + 1
@@ -121,7 +120,6 @@ def test_a_resumed_run_mixes_no_devices(gpu_config: TrainerConfig, cuda: torch.d
 
 def test_finished_splats_are_shown_and_repaired_on_one_device(gpu_config: TrainerConfig, cuda: torch.device) -> None:
     pipeline = gpu_config.pipeline.setup(device=cuda, test_mode="test")
-    assert "repaired_psnr" in pipeline.get_average_eval_image_metrics()
     pipeline.eval()
     camera, _ = next(iter(pipeline.datamanager.fixed_indices_eval_dataloader))
     box = OrientedBox.from_params(pos=(0.0, 0.0, 0.0), rpy=(0.0, 0.0, 0.0), scale=(1.0, 1.0, 1.0))
