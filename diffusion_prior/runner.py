@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from diffusion_prior.accounting import weight_bytes
 from diffusion_prior.checkpoints import read_prior, resolve
 from diffusion_prior.fitting import fit_clip
 from diffusion_prior.memory import GIB, PRESETS, choose_preset, estimate_memory, explain_exhaustion
@@ -73,7 +74,8 @@ def _announced(
     free = None
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what torch keeps for later counts as taken
-        free = torch.cuda.mem_get_info(device)[0] + _bytes_on_gpu(prior)
+        there = [module for module in prior.modules.values() if next(module.parameters()).is_cuda]
+        free = torch.cuda.mem_get_info(device)[0] + weight_bytes(there)  # which the estimate counts too
     if preset == "auto":
         assert free is not None
         preset, estimate = choose_preset(prior, *size, free)
@@ -88,9 +90,3 @@ def _announced(
             text += " That may not be enough: see `--pipeline.model.enhance.sampling.memory` and `.frame-size`."
     say(text)
     return preset
-
-
-def _bytes_on_gpu(prior: VideoPrior) -> int:
-    """What the networks take there already, which the estimate counts too."""
-    parameters = (parameter for module in prior.modules.values() for parameter in module.parameters())
-    return sum(tensor.numel() * tensor.element_size() for tensor in parameters if tensor.is_cuda)

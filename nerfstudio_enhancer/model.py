@@ -429,9 +429,9 @@ class EnhancerModel(SplatfactoModel):
                 known, certainty = _nearest(batch[KNOWN_DEPTH].to(depth), *depth.shape[:2]).split(1, dim=-1)
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
-            if self.step >= (self.config.lpips_start or 0):
-                compared = self._compared(outputs, batch)
-                losses |= self._perceptual_losses(self.config.lpips_weight, *compared, every=self.config.lpips_every)
+            if self._lpips_is_due():
+                weight = self.config.lpips_weight * self.config.lpips_every
+                losses |= self._perceptual_losses(weight, *self._compared(outputs, batch))
         if self.config.ray_spread > 0 and DISPARITY_MOMENTS in outputs:  # not in evaluation
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])
             losses["ray_spread"] = self.config.ray_spread * self.regularisation * spread
@@ -455,14 +455,17 @@ class EnhancerModel(SplatfactoModel):
         weight = self.config.enhance.lpips_weight * batch["image_confidence"]
         return losses | self._perceptual_losses(weight, rendered, target)
 
-    def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor, every: int = 1) -> dict[str, Tensor]:
-        """LPIPS of [h w 3] pictures in one of `every` steps, so many times as much; of none that are too small for it.
+    def _lpips_is_due(self) -> bool:
+        """Whether LPIPS counts in this step, where it is one of a reference photograph."""
+        config = self.config
+        start = config.lpips_start or 0
+        return config.lpips_weight > 0 and self.step >= start and self.step % config.lpips_every == 0
 
-        Early steps of `num_downscales` may show less than AlexNet can see.
-        """
-        if weight == 0 or self.step % every != 0 or min(rendered.shape[:2]) < MIN_SIZE_PX:
+    def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """LPIPS of [h w 3] pictures, but of none that early steps of `num_downscales` show too small for AlexNet."""
+        if weight == 0 or min(rendered.shape[:2]) < MIN_SIZE_PX:
             return {}
-        return {"perceptual_loss": weight * every * _lpips(rendered, target)}
+        return {"perceptual_loss": weight * _lpips(rendered, target)}
 
     def _compared(self, outputs, batch) -> tuple[Float[Tensor, "h w 3"], Float[Tensor, "h w 3"]]:
         """Render and reference photograph as splatfacto's loss compares them: on one background, masked parts black in both."""
