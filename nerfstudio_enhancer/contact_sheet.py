@@ -26,11 +26,18 @@ MAX_ROWS = 24
 
 
 def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
-    """Write `frames/clip-NN-frame-NN.png` and `contact_sheet.png` (render | enhanced | confidence) into a round's folder."""
+    """Write `frames/clip-NN-frame-NN.png` and `contact_sheet.png` (render | enhanced | confidence) into a round's folder.
+
+    Clips of which nothing is needed are left out; where nothing at all is, nothing is written.
+    """
+    if not any(clip.repaired for clip in clips):
+        return
     frames = folder / "frames"
     frames.mkdir(exist_ok=True)
     rows = []
     for number, clip in enumerate(clips):
+        if not clip.repaired:
+            continue
         views = clip.views
         for index in range(views.num_views):
             to_image(views.rgb[index]).save(frames / f"clip-{number:02d}-frame-{index:02d}.png")

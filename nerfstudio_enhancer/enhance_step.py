@@ -55,7 +55,8 @@ class EnhanceConfig:
     """Probability that a batch is an enhanced view once a round has run, in [0, 1], where all views are needed in full."""
     unseen_range: tuple[float, float] = (0.2, 0.6)
     """Share of a view's pixels that no reference sees: up to the first number the view is not needed, from the second on in
-    full, in between in part. So where references see what the paths show, they are what is trained on. (0, 0) needs all."""
+    full, in between in part. So where references see what the paths show, they are what is trained on, and paths of which no
+    view is needed are not repaired. (0, 0) needs all."""
     lpips_weight: float = 0.05
     """Weight of LPIPS between splats and enhanced views; it forgives small shifts between views and costs time."""
     image_confidence: bool = True
@@ -111,7 +112,9 @@ class RoundClip:
     views: EnhancedViews
     rendered: Float[Tensor, "t h w 3"]
     frame_difference: tuple[float, float] | None
-    """`warping.frame_difference` of the views and of the renders; None for a single view."""
+    """`warping.frame_difference` of the views and of the renders; None for a single view, and where the views are renders."""
+    repaired: bool
+    """Whether the views are what is fed back; else none of them is needed, and they are the renders."""
 
 
 def enhance_step(
@@ -149,6 +152,10 @@ def enhance_step(
     else:
         if config.feed == "faultless" and faultless is None:
             raise ValueError("feed='faultless' needs `faultless`, which the rounds of a training give it; got None.")
+        if config.feed == "enhanced" and prior is None:
+            raise ValueError(
+                "feed='enhanced' needs a prior, got prior='none'. Use `--pipeline.model.enhance.prior bundled`."
+            )
         clips = _path_clips(model, references, config, prior, generator, on_progress, faultless)
     return _weigh(clips, references, config)
 
@@ -161,6 +168,7 @@ class _UnweighedClip:
     need: Float[Tensor, " t"]
     agreement: Float[Tensor, "t h w 1"]
     differences: tuple[float, float] | None
+    repaired: bool
 
     @classmethod
     def of(cls, rgb, rendered: RenderedClip, cameras: Cameras, need, agreement) -> _UnweighedClip:
@@ -169,12 +177,21 @@ class _UnweighedClip:
             frame_difference(shown, rendered.depth, rendered.alpha, cameras) for shown in (rgb, rendered.rgb)
         )
         differences = None if ours is None or renders is None else (ours, renders)
-        kept = RenderedClip(**{name: value.cpu() for name, value in vars(rendered).items()})
-        return cls(rgb.cpu(), kept, cameras, need, agreement.cpu(), differences)
+        return cls(rgb.cpu(), _on_cpu(rendered), cameras, need, agreement.cpu(), differences, repaired=True)
+
+    @classmethod
+    def unneeded(cls, rendered: RenderedClip, cameras: Cameras, need) -> _UnweighedClip:
+        """One clip of which nothing will be drawn."""
+        kept = _on_cpu(rendered)
+        return cls(kept.rgb, kept, cameras, need, torch.ones_like(kept.alpha), None, repaired=False)
+
+
+def _on_cpu(rendered: RenderedClip) -> RenderedClip:
+    return RenderedClip(**{name: value.cpu() for name, value in vars(rendered).items()})
 
 
 def _path_clips(model, references, config, prior, generator, on_progress, faultless) -> list[_UnweighedClip]:
-    """Render and repair each trajectory; the clips end on reference photographs, which are cut off afterwards."""
+    """Render each trajectory, and repair it if any of its views is needed; clips end on references, which are cut off."""
     trajectories = plan_trajectories(references.cameras.camera_to_worlds.cpu(), config.trajectory, generator)
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
     sources = WarpSources.of(model, references)
@@ -190,18 +207,21 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
         inner = slice(1, -1)
         ends = reference_frame(references, first, rendered), reference_frame(references, last, rendered)
         condition = condition_clip(rendered, ends, cameras, sources)
-        if config.feed == "faultless":
-            frames = faultless(cameras).to(rendered.rgb)
-        else:
-            frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
         middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
         need = view_need(condition, config.unseen_range, references.transparent)[inner].cpu()
-        agreement = torch.ones_like(middle.alpha)
-        if config.reference_agreement and config.feed == "enhanced":
-            assert condition.warped is not None
-            agreement = reference_agreement(frames[inner].clamp(0, 1), middle.rgb, condition.warped[inner])
-            need = need * agreement.mean(dim=(1, 2, 3)).cpu()
-        clips.append(_UnweighedClip.of(frames[inner], middle, cameras[inner], need, agreement))
+        if need.any():
+            if config.feed == "faultless":
+                frames = faultless(cameras).to(rendered.rgb)
+            else:
+                frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
+            agreement = torch.ones_like(middle.alpha)
+            if config.reference_agreement and config.feed == "enhanced":
+                assert condition.warped is not None
+                agreement = reference_agreement(frames[inner].clamp(0, 1), middle.rgb, condition.warped[inner])
+                need = need * agreement.mean(dim=(1, 2, 3)).cpu()
+            clips.append(_UnweighedClip.of(frames[inner], middle, cameras[inner], need, agreement))
+        else:  # a prior takes seconds a frame, and well covered scenes have many such paths
+            clips.append(_UnweighedClip.unneeded(middle, cameras[inner], need))
         done += middle.rgb.shape[0]
         if on_progress is not None:
             on_progress(done, total)
@@ -236,10 +256,7 @@ def _feed(rendered, condition, config, prior, generator, mean_colour) -> Float[T
         sigma = BLUR_SIGMA_SHARE * max(rendered.rgb.shape[1:3])
         size = 2 * int(3 * sigma) + 1
         return to_channels_last(gaussian_blur(to_channels_first(rendered.rgb), [size, size], [sigma, sigma]))
-    if prior is None:
-        raise ValueError(
-            "feed='enhanced' needs a prior, got prior='none'. Use `--pipeline.model.enhance.prior bundled`."
-        )
+    assert prior is not None
     shown = condition if config.warp_references else replace(condition, warped=None)
     return to_channels_last(prior.enhance(shown, generator).rgb).to(rendered.rgb)
 
@@ -313,7 +330,7 @@ def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceC
             intrinsics=intrinsics,
             alpha=clip.rendered.alpha.half() if references.transparent and not trusted else None,
         )
-        out.append(RoundClip(views, clip.rendered.rgb, clip.differences))
+        out.append(RoundClip(views, clip.rendered.rgb, clip.differences, clip.repaired))
         start += count
     return out
 

@@ -130,6 +130,9 @@ class Rounds:
                 f"{self.store.num_views} enhanced views saved in {folder}; needed at {self.store.mean_need:.0%}, since the "
                 "references see the rest or contradict it."
             )
+            left = sum(not clip.repaired for clip in clips)
+            if left:
+                CONSOLE.log(f"{left} of {len(clips)} paths are left as rendered: the references see all of them.")
             if figures:
                 CONSOLE.log(
                     f"From frame to frame they differ by {figures[FLICKER]:.4f}, the renders by {figures[RENDER_FLICKER]:.4f} "

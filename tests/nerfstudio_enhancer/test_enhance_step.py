@@ -1,11 +1,15 @@
 """What the prior is told of a rendered clip."""
 
 import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from walls import DISTANCE, SIZE, cameras, wall
 
+from diffusion_prior.types import EnhancedClip
+from nerfstudio_enhancer.contact_sheet import write_round_pictures
 from nerfstudio_enhancer.enhance_step import (
     EnhanceConfig,
     References,
@@ -97,3 +101,43 @@ def test_faultless_frames_that_nobody_gave_are_asked_for():
     references = References(list(wall(0.0, 1.0).photographs), cameras(0.0, 1.0))
     with pytest.raises(ValueError, match="needs `faultless`"):
         enhance_step(None, references, EnhanceConfig(feed="faultless"), None, torch.Generator())
+
+
+def test_paths_of_which_no_view_is_needed_are_not_repaired(monkeypatch, tmp_path: Path):
+    repaired_clips = []
+
+    class Darker:
+        def enhance(self, clip, generator):
+            repaired_clips.append(clip)
+            return EnhancedClip(clip.rgb / 2)
+
+    for module in ("enhance_step", "warping"):  # of splats that show the wall as it is
+        monkeypatch.setattr(f"nerfstudio_enhancer.{module}.render_clip", lambda _, seen: rendered(seen.shape[0]))
+    sources = wall(0.0, 0.5, 1.0)
+    references = References(list(sources.photographs), sources.cameras)
+    model = SimpleNamespace(device="cpu")
+
+    # between neighbours that see all of it, and from there beyond: the fourth looks at another part of the wall
+    for beyond, expected in ((False, [False, False]), (True, [False, False, True])):
+        if beyond:
+            sources = wall(0.0, 0.5, 1.0, 9.0)
+            references = References(list(sources.photographs), sources.cameras)
+        repaired_clips.clear()
+        clips = enhance_step(model, references, EnhanceConfig(), Darker(), torch.Generator().manual_seed(0))
+        assert [clip.repaired for clip in clips] == expected
+        assert len(repaired_clips) == sum(expected)
+        for clip in clips:
+            assert bool(clip.views.need.any()) == clip.repaired
+            assert (clip.frame_difference is None) != clip.repaired
+            shown = 0.25 if clip.repaired else 0.5
+            assert torch.equal(clip.views.rgb, torch.full_like(clip.views.rgb, shown))
+        folder = tmp_path / str(beyond)
+        folder.mkdir()
+        write_round_pictures(folder, clips)
+        shown_frames = sum(clip.views.num_views for clip in clips if clip.repaired)
+        assert len(list(folder.rglob("clip-*.png"))) == shown_frames
+        assert (folder / "contact_sheet.png").exists() == beyond
+
+    everything = EnhanceConfig(unseen_range=(0.0, 0.0))
+    clips = enhance_step(model, references, everything, Darker(), torch.Generator().manual_seed(0))
+    assert all(clip.repaired for clip in clips)
