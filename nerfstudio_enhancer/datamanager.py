@@ -63,10 +63,10 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         return InputDataset(outputs, self._scale_factor(self.train_dataparser_outputs.cameras, outputs.cameras))
 
     def next_train(self, step: int) -> tuple[Cameras, dict]:
-        """A reference photograph or, with probability `enhanced_ratio` times their mean need, an enhanced view."""
+        """A reference photograph or, with probability `enhanced_ratio` times their share, an enhanced view."""
         generator = step_generator(self.seed, step, "batch")
         enhanced = self.enhanced_views
-        ratio = 0.0 if enhanced is None else self.enhanced_ratio * enhanced.mean_need
+        ratio = 0.0 if enhanced is None else self.enhanced_ratio * enhanced.share
         if enhanced is not None and torch.rand((), generator=generator) < ratio:
             return enhanced.draw(generator, self.device)
         index = self._reference_index(step)

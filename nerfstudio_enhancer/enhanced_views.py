@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+LEAST_NEED = 0.05
+"""Mean need below which a round is not trained on: so few steps help no scene, but make its training another one by chance."""
 FORMAT_VERSION = 2
 VIEWS_FILE = "views.safetensors"
 META_FILE = "round.json"
@@ -70,6 +72,11 @@ class EnhancedViewStore:
     def mean_need(self) -> float:
         """Mean need of all views that are drawn from; 0 for an empty store."""
         return float(self._needs().mean()) if self.num_views else 0.0
+
+    @property
+    def share(self) -> float:
+        """Share of the batches, of those that may be enhanced views, that are: the mean need, 0 below `LEAST_NEED`."""
+        return self.mean_need if self.mean_need >= LEAST_NEED else 0.0
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> tuple[Cameras, dict]:
         """One view, in proportion to its need: its camera (shape [1]) and its batch (image, pixel_confidence, image_confidence).

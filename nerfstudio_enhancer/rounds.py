@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nerfstudio_enhancer.contact_sheet import write_depth_sheet, write_round_pictures
 from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step, mean_colour
-from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
+from nerfstudio_enhancer.enhanced_views import LEAST_NEED, EnhancedViewStore
 from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
@@ -130,6 +130,8 @@ class Rounds:
                 f"{self.store.num_views} enhanced views saved in {folder}; needed at {self.store.mean_need:.0%}, since the "
                 "references see the rest or contradict it."
             )
+            if self.store.share == 0:
+                CONSOLE.log(f"That is less than {LEAST_NEED:.0%}: the training goes on without them.")
             left = sum(not clip.repaired for clip in clips)
             if left:
                 CONSOLE.log(f"{left} of {len(clips)} paths are left as rendered: the references see all of them.")

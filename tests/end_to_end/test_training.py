@@ -121,6 +121,22 @@ def test_the_same_seed_gives_the_same_splats(config: TrainerConfig) -> None:
         assert torch.equal(value, b["pipeline"][name]), name
 
 
+def test_splats_whose_references_see_nearly_all_end_as_they_would_without_prior(
+    config: TrainerConfig, monkeypatch
+) -> None:
+    monkeypatch.setattr(
+        "nerfstudio_enhancer.enhance_step.view_need", lambda condition, *_: torch.full((condition.num_frames,), 0.04)
+    )
+    config.pipeline.model.enhance.ratio = 1.0
+    fed = train(config)
+    assert views_of(fed).mean_need > 0
+    config.pipeline.model.enhance.prior, config.timestamp = "none", "second"
+    alone = train(config)
+    a, b = (torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True) for run in (fed, alone))
+    for name, value in a["pipeline"].items():
+        assert torch.equal(value, b["pipeline"][name]), name
+
+
 def test_a_run_killed_in_its_round_resumes_from_the_step_before_it(config: TrainerConfig, monkeypatch) -> None:
     def killed(*_args, **_kwargs):
         raise KeyboardInterrupt

@@ -56,6 +56,13 @@ def test_views_are_drawn_in_proportion_to_their_need() -> None:
     assert drawn.count(3.0) / len(drawn) == pytest.approx(0.75, abs=0.07)  # three standard deviations
 
 
+def test_a_round_that_hardly_anyone_needs_is_not_trained_on() -> None:
+    store = EnhancedViewStore()
+    for need, share in ((0.25, 0.25), (0.0625, 0.0625), (0.03125, 0.0), (0.0, 0.0)):
+        store.add(20, [dataclasses.replace(clip(2), need=torch.full((2,), need))])
+        assert store.share == share
+
+
 def test_a_store_of_views_that_nobody_needs_cannot_be_drawn_from() -> None:
     store = EnhancedViewStore()
     store.add(20, [dataclasses.replace(clip(2), need=torch.zeros(2))])
