@@ -85,15 +85,15 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     """Weight of the spread of disparity among the splats of one ray: it draws them to one surface. 0 is splatfacto."""
     lpips_weight: float = 0.1
     """Weight of LPIPS between splats and reference photographs beside splatfacto's loss: sharper textures, also where nobody
-    took a photograph. It costs time. 0 is splatfacto."""
+    took a photograph. It costs time, and PSNR where many photographs were taken: see `few_views`. 0 is splatfacto."""
     lpips_start: int | None = None
     """Training step from which on LPIPS counts on reference photographs: before, splats are far from any detail. None: after a
     third of the training."""
     lpips_every: int = 4
     """LPIPS counts on references in one of so many steps, so many times as much: it takes about as long as a step of splats."""
     few_views: int = 12
-    """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full; with more, which keep splats in place
-    themselves, they weaken with the square of the number."""
+    """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full, and LPIPS on references; with
+    more, which keep splats in place themselves, those weaken with the square of the number and LPIPS with the number."""
     seen_opacity: float = 0.1
     """Opacity at which splats start from seed points that photographs agree on, in (0, 1); random ones start at 0.1."""
     opacity_decay: float = 0.99
@@ -252,7 +252,12 @@ class EnhancerModel(SplatfactoModel):
     @property
     def regularisation(self) -> float:
         """Share of opacity decay, dropout and smoothness that the number of reference views asks for, in (0, 1]."""
-        return min(1.0, (self.config.few_views / self.num_train_data) ** 2)
+        return self.fewness**2
+
+    @property
+    def fewness(self) -> float:
+        """1 up to `few_views` reference views, then inversely proportional to their number."""
+        return min(1.0, self.config.few_views / self.num_train_data)
 
     def step_post_backward(self, step: int) -> None:
         """Splatfacto's densification, then opacities decay."""
@@ -430,7 +435,7 @@ class EnhancerModel(SplatfactoModel):
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
             if self._lpips_is_due():
-                weight = self.config.lpips_weight * self.config.lpips_every
+                weight = self.config.lpips_weight * self.config.lpips_every * self.fewness
                 losses |= self._perceptual_losses(weight, *self._compared(outputs, batch))
         if self.config.ray_spread > 0 and DISPARITY_MOMENTS in outputs:  # not in evaluation
             spread = ray_spread(outputs[DISPARITY_MOMENTS], outputs["accumulation"])

@@ -136,6 +136,8 @@ def test_lpips_counts_on_references_from_its_start_on_and_not_where_they_are_mas
     on_background = model.composite_with_background(batch(0)["image"], outputs["background"])
     expected = 0.5 * lpips_alex(*(image.movedim(-1, 0)[None] for image in (outputs["rgb"], on_background))).mean()
     assert_close(model.get_loss_dict(outputs, batch(0))["perceptual_loss"], expected)
+    config.few_views = 1  # of 3 references
+    assert_close(model.get_loss_dict(outputs, batch(0))["perceptual_loss"], expected / 3)
     masked = {**batch(0), "mask": torch.zeros(SIZE, SIZE, 1)}
     assert model.get_loss_dict(outputs, masked)["perceptual_loss"] == 0
     enhanced = {**batch(0), "pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 1.0}
