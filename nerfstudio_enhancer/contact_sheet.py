@@ -30,14 +30,13 @@ def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
 
     Clips of which nothing is needed are left out; where nothing at all is, nothing is written.
     """
-    if not any(clip.repaired for clip in clips):
+    repaired = [(number, clip) for number, clip in enumerate(clips) if clip.repaired]
+    if not repaired:
         return
     frames = folder / "frames"
     frames.mkdir(exist_ok=True)
     rows = []
-    for number, clip in enumerate(clips):
-        if not clip.repaired:
-            continue
+    for number, clip in repaired:
         views = clip.views
         for index in range(views.num_views):
             to_image(views.rgb[index]).save(frames / f"clip-{number:02d}-frame-{index:02d}.png")

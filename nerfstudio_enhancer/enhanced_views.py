@@ -76,7 +76,8 @@ class EnhancedViewStore:
     @property
     def share(self) -> float:
         """Share of the batches, of those that may be enhanced views, that are: the mean need, 0 below `LEAST_NEED`."""
-        return self.mean_need if self.mean_need >= LEAST_NEED else 0.0
+        need = self.mean_need
+        return need if need >= LEAST_NEED else 0.0
 
     def draw(self, generator: torch.Generator, device: torch.device | str = "cpu") -> tuple[Cameras, dict]:
         """One view, in proportion to its need: its camera (shape [1]) and its batch (image, pixel_confidence, image_confidence).
