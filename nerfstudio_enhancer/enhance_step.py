@@ -177,17 +177,17 @@ class _UnweighedClip:
             frame_difference(shown, rendered.depth, rendered.alpha, cameras) for shown in (rgb, rendered.rgb)
         )
         differences = None if ours is None or renders is None else (ours, renders)
-        return cls(rgb.cpu(), _on_cpu(rendered), cameras, need, agreement.cpu(), differences, repaired=True)
+        return cls(rgb.cpu(), _each(rendered, Tensor.cpu), cameras, need, agreement.cpu(), differences, repaired=True)
 
     @classmethod
     def unneeded(cls, rendered: RenderedClip, cameras: Cameras, need) -> _UnweighedClip:
         """One clip of which nothing will be drawn."""
-        kept = _on_cpu(rendered)
+        kept = _each(rendered, Tensor.cpu)
         return cls(kept.rgb, kept, cameras, need, torch.ones_like(kept.alpha), None, repaired=False)
 
 
-def _on_cpu(rendered: RenderedClip) -> RenderedClip:
-    return RenderedClip(**{name: value.cpu() for name, value in vars(rendered).items()})
+def _each(rendered: RenderedClip, change: Callable[[Tensor], Tensor]) -> RenderedClip:
+    return RenderedClip(**{name: change(value) for name, value in vars(rendered).items()})
 
 
 def _path_clips(model, references, config, prior, generator, on_progress, faultless) -> list[_UnweighedClip]:
@@ -196,6 +196,7 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
     total = sum(trajectory.camera_to_world.shape[0] - 2 for trajectory in trajectories)
     sources = WarpSources.of(model, references)
     mean = mean_colour(references)
+    inner = slice(1, -1)
     done = 0
     clips = []
     for trajectory in trajectories:
@@ -204,10 +205,9 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
             trajectory.camera_to_world, references.cameras[first : first + 1], references.cameras[last : last + 1]
         )
         rendered = render_clip(model, cameras.to(model.device))
-        inner = slice(1, -1)
         ends = reference_frame(references, first, rendered), reference_frame(references, last, rendered)
         condition = condition_clip(rendered, ends, cameras, sources)
-        middle = RenderedClip(**{name: value[inner] for name, value in vars(rendered).items()})
+        middle = _each(rendered, lambda value: value[inner])
         need = view_need(condition, config.unseen_range, references.transparent)[inner].cpu()
         if need.any():
             if config.feed == "faultless":

@@ -32,6 +32,16 @@ def checkpoints(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "nerfstudio_models").glob("*"))
 
 
+def splats_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True)["pipeline"]
+
+
+def assert_same_splats(first: Path, second: Path) -> None:
+    a, b = splats_of(first), splats_of(second)
+    for name, value in a.items():
+        assert torch.equal(value, b[name]), name
+
+
 def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
     config: TrainerConfig, tmp_path: Path, monkeypatch
 ) -> None:
@@ -52,8 +62,7 @@ def test_a_run_makes_its_round_and_nerfstudios_commands_work_on_it(
 
     ExportGaussianSplat(load_config=run / "config.yml", output_dir=tmp_path / "export").main()
     vertices = PlyData.read(tmp_path / "export" / "splat.ply")["vertex"]
-    state = torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True)["pipeline"]
-    means = state["_model.gauss_params.means"]
+    means = splats_of(run)["_model.gauss_params.means"]
     assert len(vertices) == len(means)
     assert np.allclose(np.stack([vertices[axis] for axis in "xyz"], -1), means.numpy(), atol=1e-6)
 
@@ -116,9 +125,7 @@ def test_the_same_seed_gives_the_same_splats(config: TrainerConfig) -> None:
     first = train(config)
     config.timestamp = "second"
     second = train(config)
-    a, b = (torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True) for run in (first, second))
-    for name, value in a["pipeline"].items():
-        assert torch.equal(value, b["pipeline"][name]), name
+    assert_same_splats(first, second)
 
 
 def test_splats_whose_references_see_nearly_all_end_as_they_would_without_prior(
@@ -132,9 +139,7 @@ def test_splats_whose_references_see_nearly_all_end_as_they_would_without_prior(
     assert views_of(fed).mean_need > 0
     config.pipeline.model.enhance.prior, config.timestamp = "none", "second"
     alone = train(config)
-    a, b = (torch.load(run / "nerfstudio_models" / checkpoints(run)[0], weights_only=True) for run in (fed, alone))
-    for name, value in a["pipeline"].items():
-        assert torch.equal(value, b["pipeline"][name]), name
+    assert_same_splats(fed, alone)
 
 
 def test_a_run_killed_in_its_round_resumes_from_the_step_before_it(config: TrainerConfig, monkeypatch) -> None:
