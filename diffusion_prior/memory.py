@@ -102,7 +102,7 @@ def estimate_presets(
     denoised = (window, min(rows, tile[0]), min(columns, tile[1]))
     used = {"encode": prior.vae, "embed": prior.image_encoder, "denoise": prior.unet, "decode": prior.std}
     everything = weight_bytes(prior.modules.values())
-    counted: dict[tuple, Cost] = {}
+    counted = _COUNTED.setdefault(_make(prior), {})
 
     def cost(part: Callable[..., Cost], *arguments: int) -> Cost:
         key = (part, *arguments)
@@ -128,6 +128,16 @@ def estimate_presets(
                 for name, cost in work.items()
             }
         )
+
+
+_COUNTED: dict[tuple, dict[tuple, Cost]] = {}
+"""What parts of priors of one make have been found to cost: every round reads its prior anew, and counting takes seconds."""
+
+
+def _make(prior: VideoPrior) -> tuple:
+    """Equal for priors whose networks compute alike, whatever their weights."""
+    parts = ((name, str(module.config), module.dtype) for name, module in prior.modules.items())
+    return str(prior.config), *parts
 
 
 def choose_preset(

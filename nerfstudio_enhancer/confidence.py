@@ -69,10 +69,11 @@ def reference_agreement(
 
     A frame may leave the render, but not away from what a reference shows of the same surface. By how much it lies farther
     from the reference than the render did is its excess x: the agreement is 1 / (1 + (x / `CONTRADICTION`)^2), and the
-    reference that agrees best counts.
+    reference that agrees best counts. Pixels that no reference sees are trusted as those that one sees are in the mean: what
+    contradicts the references where they can tell is not to be believed beside.
 
     Args:
-        rgb: enhanced frames, sRGB in [0, 1].
+        rgb: enhanced frames of one clip, sRGB in [0, 1].
         render: what the splats showed.
         warped: `ConditionClip.warped` of the same frames.
     """
@@ -81,8 +82,10 @@ def reference_agreement(
         reference, seen = slot.movedim(1, -1).split([3, 1], dim=-1)
         excess = _window_mean((rgb - reference).abs() - (render - reference).abs())
         least = torch.where(seen > 0.5, torch.minimum(least, excess), least)
-    excess = torch.where(least.isinf(), torch.zeros_like(least), least.clamp(min=0))
-    return 1 / (1 + (excess / CONTRADICTION) ** 2)
+    checked = least.isfinite()
+    agreement = 1 / (1 + (least.clamp(min=0) / CONTRADICTION) ** 2)
+    believed = agreement[checked].mean() if checked.any() else agreement.new_ones(())
+    return torch.where(checked, agreement, believed)
 
 
 def _window_mean(difference: Float[Tensor, "t h w 3"]) -> Float[Tensor, "t h w 1"]:

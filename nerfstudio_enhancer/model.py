@@ -47,9 +47,13 @@ if TYPE_CHECKING:
 _numpy_scalar = cast(Callable, np.float64(0).__reduce__()[0])
 
 # nerfstudio's schedulers put numpy scalars into its checkpoints, and its commands call torch.load with weights_only on.
-# Exactly the types that such a scalar needs are allowed, wherever our classes are imported.
+# Exactly the types that such a scalar needs are allowed, wherever our classes are imported, by numpy 1's name and by numpy 2's.
 torch.serialization.add_safe_globals(
-    [np.dtype, np.dtypes.Float64DType, (_numpy_scalar, "numpy.core.multiarray.scalar")]
+    [
+        np.dtype,
+        np.dtypes.Float64DType,
+        *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    ]
 )
 
 VISER_BACKGROUND = (0.1490, 0.1647, 0.2157)

@@ -5,7 +5,7 @@ import torch
 from tiny_prior import random_clip, randomise, tiny_prior
 from torch import nn
 
-from diffusion_prior import prior as prior_module
+from diffusion_prior import memory, prior as prior_module
 from diffusion_prior.accounting import cost_of, weight_bytes
 from diffusion_prior.full_size import full_size_prior
 from diffusion_prior.memory import (
@@ -91,11 +91,32 @@ def test_the_first_preset_that_fits_is_chosen_and_the_thriftiest_where_none_does
     assert choose_preset(prior, *clip, 1)[0] == "8gb"
 
 
-def test_presets_estimated_together_are_estimated_as_each_alone():
+def test_presets_estimated_together_are_estimated_as_each_alone(monkeypatch):
     prior, presets = tiny_prior(num_frames=6), [PRESETS["all"], MemoryPreset(offload=True, decode_frames=3)]
     together = list(estimate_presets(prior, 6, 16, 24, presets))
-    assert together == [estimate_memory(prior, 6, 16, 24, preset) for preset in presets]
+    for preset, estimate in zip(presets, together):
+        monkeypatch.setattr(memory, "_COUNTED", {})
+        assert estimate_memory(prior, 6, 16, 24, preset) == estimate
     assert together[0] != together[1]
+
+
+def test_networks_of_one_make_are_counted_once(monkeypatch):
+    calls, count = [], memory._meta_call
+    monkeypatch.setattr(memory, "_COUNTED", {})
+    monkeypatch.setattr(memory, "_meta_call", lambda module, *given: calls.append(module) or count(module, *given))
+    first = estimate_memory(tiny_prior(0), 3, 16, 24, PRESETS["all"])
+    assert len(calls) == 4
+    assert estimate_memory(tiny_prior(1), 3, 16, 24, PRESETS["all"]) == first
+    assert len(calls) == 4
+    for others in (
+        [tiny_prior().to(dtype=torch.float16), 3, 16, 24],
+        [tiny_prior(unet={"num_attention_heads": (2, 2)}), 3, 16, 24],
+        [tiny_prior(num_frames=4), 3, 16, 24],
+        [tiny_prior(), 3, 16, 32],
+    ):
+        calls.clear()
+        estimate_memory(*others, PRESETS["all"])
+        assert calls
 
 
 @pytest.mark.parametrize(

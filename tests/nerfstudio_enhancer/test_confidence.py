@@ -77,12 +77,26 @@ def test_it_is_enough_to_agree_with_one_reference() -> None:
     assert (reference_agreement(even(0.9), even(0.5), seen_as(0.5, 0.4)) < 0.02).all()
 
 
-def test_where_no_reference_sees_nothing_is_contradicted() -> None:
+def test_what_no_reference_sees_is_believed_as_what_one_sees_in_the_mean() -> None:
+    warped = seen_as(0.5).repeat(2, 1, 1, 1)
+    warped[0, 3, :, :4] = 0
+    warped[1, 3] = 0
+    render = even(0.5).repeat(2, 1, 1, 1)
+    frames = render.clone()
+    frames[0, :, 4:6] = (
+        0.9  # contradicted in two columns of the five that are seen, far enough from the middle one's window
+    )
+    agreement = reference_agreement(frames, render, warped)
+    believed = agreement[0, :, 4:].mean()
+    assert 0.2 < believed < 0.6
+    assert_close(agreement[0, :, :4], believed.expand(9, 4, 1))
+    assert_close(agreement[1], believed.expand(9, 9, 1))  # a clip is made in one go
+
+
+def test_where_no_reference_sees_anything_nothing_is_contradicted() -> None:
     warped = seen_as(0.5).clone()
-    warped[:, 3, :, :4] = 0
-    agreement = reference_agreement(even(0.9), even(0.5), warped)
-    assert_close(agreement[:, :, :4], torch.ones(1, 9, 4, 1))
-    assert (agreement[:, :, 4:] < 0.02).all()
+    warped[:, 3] = 0
+    assert_close(reference_agreement(even(0.9), even(0.5), warped), torch.ones(1, 9, 9, 1))
 
 
 def test_single_pixels_are_judged_with_their_surroundings() -> None:

@@ -18,6 +18,7 @@ from nerfstudio_enhancer.enhance_step import (
     reference_frame,
     view_need,
 )
+from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
 from nerfstudio_enhancer.rendering import RenderedClip
 from nerfstudio_enhancer.warping import WarpSources
 
@@ -103,6 +104,32 @@ def test_faultless_frames_that_nobody_gave_are_asked_for():
         enhance_step(None, references, EnhanceConfig(feed="faultless"), None, torch.Generator())
 
 
+def splats_that_show_the_wall(monkeypatch) -> SimpleNamespace:
+    """A model whose renders are grey and as deep as the wall."""
+    for module in ("enhance_step", "warping"):
+        monkeypatch.setattr(f"nerfstudio_enhancer.{module}.render_clip", lambda _, seen: rendered(seen.shape[0]))
+    return SimpleNamespace(device="cpu")
+
+
+def test_a_prior_that_makes_noise_is_not_believed_where_nothing_is_seen_either(monkeypatch):
+    class Noise:
+        def enhance(self, clip, generator):
+            return EnhancedClip(torch.rand(clip.rgb.shape, generator=generator))
+
+    model = splats_that_show_the_wall(monkeypatch)
+    sources = wall(0.0, 0.5, 1.0, 9.0)  # between the last two lies much that neither sees
+    references = References([torch.full_like(photograph, 0.5) for photograph in sources.photographs], sources.cameras)
+
+    def share(**settings) -> float:
+        clips = enhance_step(model, references, EnhanceConfig(**settings), Noise(), torch.Generator().manual_seed(0))
+        store = EnhancedViewStore()
+        store.add(1, [clip.views for clip in clips])
+        return store.share
+
+    assert share() == 0.0
+    assert share(reference_agreement=False) > 0.1
+
+
 def test_paths_of_which_no_view_is_needed_are_not_repaired(monkeypatch, tmp_path: Path):
     repaired_clips = []
 
@@ -111,11 +138,9 @@ def test_paths_of_which_no_view_is_needed_are_not_repaired(monkeypatch, tmp_path
             repaired_clips.append(clip)
             return EnhancedClip(clip.rgb / 2)
 
-    for module in ("enhance_step", "warping"):  # of splats that show the wall as it is
-        monkeypatch.setattr(f"nerfstudio_enhancer.{module}.render_clip", lambda _, seen: rendered(seen.shape[0]))
+    model = splats_that_show_the_wall(monkeypatch)
     sources = wall(0.0, 0.5, 1.0)
     references = References(list(sources.photographs), sources.cameras)
-    model = SimpleNamespace(device="cpu")
 
     # between neighbours that see all of it, and from there beyond: the fourth looks at another part of the wall
     for beyond, expected in ((False, [False, False]), (True, [False, False, True])):
