@@ -2,12 +2,43 @@
 
 from __future__ import annotations
 
-from nerfstudio.viewer.viewer_elements import ViewerButton, ViewerSlider
+from typing import TYPE_CHECKING
+
+import numpy as np
+import viser.transforms as vtf
+from nerfstudio.viewer.viewer_elements import ViewerButton, ViewerControl, ViewerSlider
 from torch import nn
+
+if TYPE_CHECKING:
+    from nerfstudio.viewer.viewer import Viewer
+    from viser import ClientHandle
+
+
+class FirstReference(ViewerControl):
+    """Lets a browser that connects look out of the first reference; without it, it looks at the scene from far outside."""
+
+    def _setup(self, viewer: Viewer) -> None:
+        super()._setup(viewer)
+        viewer.viser_server.on_client_connect(self._show)
+
+    def _show(self, client: ClientHandle) -> None:
+        drawn = getattr(
+            self.viewer, "camera_handles", {}
+        )  # frustums, of which there are none before the scene is drawn
+        if not drawn:
+            return
+        camera = drawn[min(drawn)]
+        # Just in front of the frustum's photograph, which would cover what the splats show.
+        ahead = vtf.SO3(np.asarray(camera.wxyz)).apply(
+            np.array([0.0, 0.0, 1.5 * self.viewer.config.camera_frustum_scale])
+        )
+        with client.atomic():
+            client.camera.position = camera.position + ahead
+            client.camera.wxyz = camera.wxyz
 
 
 class EnhancerControls(nn.Module):
-    """A button that asks for a round, and the share of enhanced views.
+    """A button that asks for a round, the share of enhanced views, and where a browser looks at first.
 
     It holds no parameters: it is a module only because the viewer looks for its elements in modules.
     """
@@ -16,6 +47,7 @@ class EnhancerControls(nn.Module):
         super().__init__()
         self.run_round = ViewerButton("Run a round now", cb_hook=self._ask)
         self.enhanced_share = ViewerSlider("Share of enhanced views", ratio, 0.0, 1.0, 0.05)
+        self.first_view = FirstReference()
         self._asked = False
 
     @property
