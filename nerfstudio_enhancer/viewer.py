@@ -22,19 +22,16 @@ class FirstReference(ViewerControl):
         viewer.viser_server.on_client_connect(self._show)
 
     def _show(self, client: ClientHandle) -> None:
-        drawn = getattr(
-            self.viewer, "camera_handles", {}
-        )  # frustums, of which there are none before the scene is drawn
-        if not drawn:
+        # There are no frustums before nerfstudio has drawn the scene.
+        frustums = getattr(self.viewer, "camera_handles", {})
+        if not frustums:
             return
-        camera = drawn[min(drawn)]
+        first = frustums[min(frustums)]
         # Just in front of the frustum's photograph, which would cover what the splats show.
-        ahead = vtf.SO3(np.asarray(camera.wxyz)).apply(
-            np.array([0.0, 0.0, 1.5 * self.viewer.config.camera_frustum_scale])
-        )
+        ahead = np.array([0.0, 0.0, 1.5 * self.viewer.config.camera_frustum_scale])
         with client.atomic():
-            client.camera.position = camera.position + ahead
-            client.camera.wxyz = camera.wxyz
+            client.camera.position = first.position + vtf.SO3(np.asarray(first.wxyz)).apply(ahead)
+            client.camera.wxyz = first.wxyz
 
 
 class EnhancerControls(nn.Module):
