@@ -35,7 +35,7 @@ from nerfstudio_enhancer.losses import (
     ray_spread,
 )
 from nerfstudio_enhancer.names import REPAIRED
-from nerfstudio_enhancer.random_state import step_generator
+from nerfstudio_enhancer.random_state import step_generator, step_seed
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.render_repair import RenderRepair, RepairableOutputs
 from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
@@ -265,7 +265,13 @@ class EnhancerModel(SplatfactoModel):
 
     def step_post_backward(self, step: int) -> None:
         """Splatfacto's densification, then opacities decay."""
-        super().step_post_backward(step)
+        if step % self.strategy.refine_every == 0:
+            # gsplat splits Gaussians at random. By a round nothing of that may change: one that is not trained on leaves the
+            # splats as a run without it has them.
+            with step_seed(self.seed, step, "densification", self.device):
+                super().step_post_backward(step)
+        else:
+            super().step_post_backward(step)
         lost = (1 - self.config.opacity_decay) * self.regularisation
         if lost > 0:
             decay_opacities(self.gauss_params["opacities"], 1 - lost)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -15,4 +17,23 @@ def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
         step: training step, epoch or round.
         purpose: what is drawn; different purposes give independent numbers.
     """
-    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{step}/{purpose}".encode()))
+    return torch.Generator().manual_seed(_number(seed, step, purpose))
+
+
+@contextmanager
+def step_seed(seed: int, step: int, purpose: str, device: torch.device | str) -> Iterator[None]:
+    """Within it torch's global generators give such numbers, for code that takes no generator; after it they go on as before.
+
+    Args:
+        seed: the run's seed (`--machine.seed`).
+        step: training step, epoch or round.
+        purpose: what is drawn; different purposes give independent numbers.
+        device: whose generator is drawn from, beside the CPU's.
+    """
+    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
+        torch.manual_seed(_number(seed, step, purpose))
+        yield
+
+
+def _number(seed: int, step: int, purpose: str) -> int:
+    return zlib.crc32(f"{seed}/{step}/{purpose}".encode())

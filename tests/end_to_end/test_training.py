@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gsplat.strategy.ops import split
 from nerfstudio.configs.method_configs import all_methods
 from nerfstudio.engine.trainer import TrainerConfig
 from nerfstudio.scripts.eval import ComputePSNR
@@ -134,11 +135,18 @@ def test_splats_whose_references_see_nearly_all_end_as_they_would_without_prior(
     monkeypatch.setattr(
         "nerfstudio_enhancer.enhance_step.view_need", lambda condition, *_: torch.full((condition.num_frames,), 0.04)
     )
-    config.pipeline.model.enhance.ratio = 1.0
+    model = config.pipeline.model
+    model.enhance.ratio = 1.0
+    # Gaussians are split, by chance, after the round.
+    splits = []
+    monkeypatch.setattr("gsplat.strategy.default.split", lambda **kwargs: splits.append(1) or split(**kwargs))
+    model.warmup_length, model.refine_every = START, 2
+    model.densify_grad_thresh = model.densify_size_thresh = 0.0
     fed = train(config)
     assert views_of(fed).mean_need > 0
-    config.pipeline.model.enhance.prior, config.timestamp = "none", "second"
+    model.enhance.prior, config.timestamp = "none", "second"
     alone = train(config)
+    assert len(splits) == 2
     assert_same_splats(fed, alone)
 
 
