@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -176,8 +177,17 @@ def _start(context: Any, job: Job, threads: int) -> _Running:
 
 
 def _child(job: Job, sender: Connection, threads: int) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sender.send(call(job, threads))
     sender.close()
+
+
+def _end_with_parent() -> None:
+    """A command that is killed cannot stop its jobs; on their own they would keep the cores for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def call(job: Job, threads: int) -> tuple[Any, str | None, float]:

@@ -1,6 +1,10 @@
 import operator
 import os
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -31,6 +35,50 @@ def test_a_failed_or_killed_job_leaves_the_others_alone():
     assert done["bad"].error == "ValueError: invalid literal for int() with base 10: 'splats'"
     assert "signal 6" in (done["killed"].error or "")
     assert done["good"].value == 8
+
+
+KILLED_COMMAND = """
+import os, sys
+from pathlib import Path
+from nerfstudio_enhancer.jobs import Job, run_jobs
+from test_jobs import say_who_and_sleep
+
+if __name__ == "__main__":
+    list(run_jobs([Job("sleeps", say_who_and_sleep, (Path(sys.argv[1]),))], workers=1))
+"""
+
+
+def say_who_and_sleep(path: Path) -> None:
+    path.with_suffix(".partial").write_text(str(os.getpid()))
+    path.with_suffix(".partial").rename(path)
+    time.sleep(600)
+
+
+def test_jobs_end_with_a_command_that_is_killed(tmp_path):
+    script, told = tmp_path / "command.py", tmp_path / "pid"
+    script.write_text(KILLED_COMMAND)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    command = subprocess.Popen([sys.executable, str(script), str(told)], env=environment)
+    wait_until(told.exists)
+    assert is_running(int(told.read_text()))
+    command.kill()
+    command.wait()
+    wait_until(lambda: not is_running(int(told.read_text())))
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
 
 
 def test_a_job_waits_for_its_predecessor_and_fails_with_it():
