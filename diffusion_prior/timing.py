@@ -11,6 +11,7 @@ import torch
 from diffusion_prior.memory import GIB, MemoryEstimate, estimate_memory
 from diffusion_prior.prior import VideoPrior
 from diffusion_prior.types import ConditionClip
+from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def time_clip(prior: VideoPrior, num_frames: int, height: int, width: int, repea
     """
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
+    let_waiting_threads_sleep()
     clip = noise_clip(num_frames, height, width)
     estimate = estimate_memory(prior, num_frames, height, width, prior.preset)
     prior.enhance(clip, torch.Generator().manual_seed(0))

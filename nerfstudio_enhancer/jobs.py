@@ -47,19 +47,14 @@ class JobResult:
     """Largest resident memory of the job's process in MiB."""
 
 
-def available_cores() -> int:
-    """Number of cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def workers_and_threads(jobs: int | None) -> tuple[int, int]:
     """Number of processes at once and threads of each, which together fill the cores; one at a time where a GPU is to be shared.
 
     Raises:
         ValueError: If fewer than one job at a time is asked for.
     """
+    from diffusion_prior.waiting_threads import available_cores  # with torch, which `ns-enhancer --help` does without
+
     cores = available_cores()
     if jobs is None:
         return (1, cores) if _has_gpu() else (cores, 1)
@@ -148,7 +143,7 @@ class _Running:
 
 
 def _has_gpu() -> bool:
-    import torch  # which `ns-enhancer --help` does without
+    import torch  # here, too
 
     return torch.cuda.is_available()
 

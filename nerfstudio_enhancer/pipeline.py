@@ -9,6 +9,7 @@ import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.render_repair import RenderRepair
 from nerfstudio_enhancer.rounds import references_of
@@ -35,6 +36,7 @@ class EnhancerPipeline(VanillaPipeline):
         test_mode: Literal["test", "val", "inference"] = "val",
         **kwargs,
     ) -> None:
+        let_waiting_threads_sleep()
         super().__init__(config, cast("str", device), test_mode, **kwargs)  # its commands pass a torch.device too
         model = cast("EnhancerModel", self.model)
         enhance = model.config.enhance

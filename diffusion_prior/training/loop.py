@@ -34,6 +34,7 @@ from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
 from diffusion_prior.training.sharding import fit_optimizer, gathered, make_whole, shard, split_like, whole
 from diffusion_prior.training.shards import ShardedClips
+from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 
 CHECKPOINT_NAME = "checkpoint.pt"
 LOG_NAME = "log.jsonl"
@@ -143,6 +144,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def train(task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
     """Train, or go on training, until the steps or the minutes are over; the task then holds the averaged weights."""
+    let_waiting_threads_sleep()
     output = config.output
     (output / SHEETS_NAME).mkdir(parents=True, exist_ok=True)
     task.losses.to(accelerator.device).train()

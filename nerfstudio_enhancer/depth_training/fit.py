@@ -21,6 +21,7 @@ from torch import Tensor
 from diffusion_prior.files import whole_file
 from diffusion_prior.prior import fast_dtype
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
+from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork
 from nerfstudio_enhancer.stereo.predict import picture_at, save_network
 
@@ -66,6 +67,7 @@ def fit(settings: TrainDepth, files: Sequence[Path], stop_after: int | None = No
         files: of samples.
         stop_after: stop earlier, after so many steps in all, with the state kept.
     """
+    let_waiting_threads_sleep()
     samples = _Samples.read(files)
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nerfstudio_enhancer.jobs import available_cores
+from diffusion_prior.waiting_threads import available_cores
 from nerfstudio_enhancer.rasterize.dispatch import backend_name, rasterization, rasterize_reference
 from nerfstudio_enhancer.rasterize.native_library import available_instruction_sets, instruction_set, load_library
 from nerfstudio_enhancer.rasterize.native_ops import native

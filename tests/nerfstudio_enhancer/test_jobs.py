@@ -123,7 +123,7 @@ def test_bad_job_lists_are_refused():
 
 
 def test_threads_share_the_cores(monkeypatch):
-    monkeypatch.setattr("nerfstudio_enhancer.jobs.available_cores", lambda: 8)
+    monkeypatch.setattr("diffusion_prior.waiting_threads.available_cores", lambda: 8)
     assert workers_and_threads(None) == (8, 1)
     assert workers_and_threads(2) == (2, 4)
     assert workers_and_threads(16) == (16, 1)
