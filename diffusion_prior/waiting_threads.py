@@ -23,7 +23,7 @@ def let_waiting_threads_sleep() -> None:
     """Make PyTorch's threads sleep while they wait for each other, where GNU's OpenMP has them run idle loops.
 
     Between two short operations such loops save microseconds. Where another program wants the core, the thread that all
-    wait for does not get it meanwhile: training splats on two cores beside two other trainings took 8 to 19 times as long.
+    wait for does not get it meanwhile: a step of training splats on two cores, beside two other trainings, took 11 times as long.
     GNU's OpenMP gives up waiting sooner once it holds more threads than there are cores (GOMP_SPINCOUNT in its manual),
     so a team of threads is started that does nothing. Without another program it changes no time that could be measured.
 
@@ -41,8 +41,10 @@ def let_waiting_threads_sleep() -> None:
 
 def _hold_a_team(threads: int, is_there: threading.Event) -> None:
     more_than_cores = max(2, available_cores() - threads + 2)
-    torch.set_num_threads(more_than_cores)
-    torch.zeros(more_than_cores << 16).add_(1)  # long enough to be shared among them
-    torch.set_num_threads(threads)  # of threads made later: they begin with what was last set anywhere
-    is_there.set()
+    try:
+        torch.set_num_threads(more_than_cores)
+        torch.zeros(more_than_cores << 16).add_(1)  # long enough to be shared among them
+    finally:
+        torch.set_num_threads(threads)  # of threads made later: they begin with what was last set anywhere
+        is_there.set()
     threading.Event().wait()
