@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -48,9 +49,21 @@ class _Everywhere(TorchFunctionMode):
 
 @contextmanager
 def pretended_cuda() -> Iterator[torch.device]:
-    """Within it `cuda:0` can be named as a device."""
-    with _Everywhere():
+    """Within it `cuda:0` can be named as a device; its global generator is the CPU's."""
+    with (
+        mock.patch("torch.cuda.get_rng_state", _get_rng_state),
+        mock.patch("torch.cuda.set_rng_state", _set_rng_state),
+        _Everywhere(),
+    ):
         yield PRETENDED
+
+
+def _get_rng_state(_device: object = PRETENDED) -> torch.Tensor:
+    return torch.get_rng_state()
+
+
+def _set_rng_state(state: torch.Tensor, _device: object = PRETENDED) -> None:
+    torch.set_rng_state(state)
 
 
 def on_pretended(value: Any) -> Any:
