@@ -6,10 +6,6 @@ from pathlib import Path
 import pytest
 from scenes import TinyScene, tiny_scene, write_colmap_folder, write_nerfstudio_folder
 
-from diffusion_prior.waiting_threads import let_waiting_threads_sleep
-
-let_waiting_threads_sleep()  # tests may have to share their cores
-
 
 @pytest.fixture
 def scene() -> TinyScene:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from gsplat.strategy import DefaultStrategy
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from nerfstudio.data.scene_box import SceneBox
 from nerfstudio.engine.optimizers import AdamOptimizerConfig, Optimizers
@@ -16,6 +17,7 @@ from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.enhanced_views import SHOWN_ALPHA
 from nerfstudio_enhancer.losses import ray_spread
 from nerfstudio_enhancer.model import DISPARITY_MOMENTS, EnhancerModel, EnhancerModelConfig, decay_opacities
+from nerfstudio_enhancer.random_state import step_seed
 from nerfstudio_enhancer.rasterize import rasterization
 
 STEPS = 12
@@ -115,7 +117,14 @@ def plain() -> EnhancerModelConfig:
 
 
 @pytest.mark.usefixtures("splatfacto_on_cpu")
-def test_without_prior_and_additions_training_equals_splatfacto() -> None:
+def test_without_prior_and_additions_training_equals_splatfacto(monkeypatch) -> None:
+    densify = DefaultStrategy.step_post_backward
+
+    def densify_with_fixed_draws(*args, **kwargs) -> None:  # ours draw by seed and step, splatfacto's go on from before
+        with step_seed(0, 0, "densification", "cpu"):
+            densify(*args, **kwargs)
+
+    monkeypatch.setattr(DefaultStrategy, "step_post_backward", densify_with_fixed_draws)
     theirs = train(build(SplatfactoModelConfig(**SETTINGS)))
     ours = train(build(plain()))
     assert theirs.num_points != 60, "the test should cover densification"
