@@ -1,6 +1,7 @@
 """Splatfacto with rounds of enhancement. With the prior `none` and every addition off it is plain splatfacto."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -265,12 +266,10 @@ class EnhancerModel(SplatfactoModel):
 
     def step_post_backward(self, step: int) -> None:
         """Splatfacto's densification, then opacities decay."""
-        if step % self.strategy.refine_every == 0:
-            # gsplat splits Gaussians at random. By a round nothing of that may change: one that is not trained on leaves the
-            # splats as a run without it has them.
-            with step_seed(self.seed, step, "densification", self.device):
-                super().step_post_backward(step)
-        else:
+        # gsplat splits Gaussians at random. By a round nothing of that may change: one that is not trained on leaves the splats
+        # as a run without it has them.
+        may_split = step % self.strategy.refine_every == 0
+        with step_seed(self.seed, step, "densification", self.device) if may_split else nullcontext():
             super().step_post_backward(step)
         lost = (1 - self.config.opacity_decay) * self.regularisation
         if lost > 0:

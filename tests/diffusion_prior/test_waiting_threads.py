@@ -11,45 +11,41 @@ import time
 import torch
 from diffusion_prior import waiting_threads
 torch.set_num_threads(2)
-waiting_threads.available_cores = lambda: 2
-others = [{others}]
+numbers = torch.zeros(1 << 17)
+others = 0.0
 def cores_of_others(period_s):
-    time.sleep(0.05)
-    return others[0]
+    time.sleep(0.02)
+    return others
+waiting_threads.available_cores = lambda: 2
 waiting_threads._cores_of_others = cores_of_others
 waiting_threads.let_waiting_threads_sleep()
 waiting_threads.let_waiting_threads_sleep()
-time.sleep(1)
-others[0] = {others_later}
-time.sleep(1)
-numbers = torch.zeros(1 << 17)
-numbers.add_(1)
-begin = time.process_time()
-for _ in range(50):
+for others in (0.1, 1.0, 0.0):
+    time.sleep(0.5)
     numbers.add_(1)
-    time.sleep(0.01)
-print(time.process_time() - begin, torch.get_num_threads())
+    begin = time.process_time()
+    for _ in range(50):
+        numbers.add_(1)
+        time.sleep(0.01)
+    print(time.process_time() - begin)
+assert torch.get_num_threads() == 2
 """
 
 
-def core_seconds(others: float, others_later: float | None = None, **environment: str) -> float:
-    """Of all threads, for the same work: what is more in one run than in another went into waiting."""
+def core_seconds(**environment: str) -> list[float]:
+    """Of all threads for the same work while others use 0.1, 1 and no core: what is more in one went into waiting."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
-    code = SHORT_OPERATIONS.format(others=others, others_later=others if others_later is None else others_later)
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=inherited | environment, capture_output=True, text=True, check=True
-    )
-    seconds, threads = run.stdout.split()
-    assert int(threads) == 2
-    return float(seconds)
+    command = [sys.executable, "-c", SHORT_OPERATIONS]
+    run = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, check=True)
+    return [float(line) for line in run.stdout.split()]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch has another OpenMP elsewhere")
 def test_waiting_takes_no_core_that_others_want_unless_the_user_says_so() -> None:
-    asleep, awake = core_seconds(others=1.0), core_seconds(others=0.1)
-    assert asleep < awake / 3
-    assert core_seconds(others=1.0, others_later=0.0) > asleep * 3
-    assert core_seconds(others=1.0, GOMP_SPINCOUNT="300000") > asleep * 3
+    before, asleep, after = core_seconds()
+    assert asleep < before / 3
+    assert asleep < after / 3
+    assert min(core_seconds(GOMP_SPINCOUNT="300000")) > asleep * 3
 
 
 def test_busy_seconds_are_those_of_the_cores_that_are_asked_for() -> None:
