@@ -53,7 +53,7 @@ def workers_and_threads(jobs: int | None) -> tuple[int, int]:
     Raises:
         ValueError: If fewer than one job at a time is asked for.
     """
-    from diffusion_prior.waiting_threads import available_cores  # with torch, which `ns-enhancer --help` does without
+    from diffusion_prior.waiting_threads import available_cores  # it imports torch: see `_has_gpu`
 
     cores = available_cores()
     if jobs is None:
@@ -143,7 +143,7 @@ class _Running:
 
 
 def _has_gpu() -> bool:
-    import torch  # here, too
+    import torch  # which `ns-enhancer --help` does without
 
     return torch.cuda.is_available()
 
