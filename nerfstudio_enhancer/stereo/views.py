@@ -51,7 +51,11 @@ class StereoView:
         """The same view at another resolution (area averages when reducing)."""
         height, width = self.size
         scale = long_side_px / max(height, width)
-        rows, columns = max(2, round(height * scale)), max(2, round(width * scale))
+        return self.resized_to(max(2, round(height * scale)), max(2, round(width * scale)))
+
+    def resized_to(self, rows: int, columns: int) -> StereoView:
+        """The same view with so many rows and columns; if their ratio is another, its pixels are no longer square."""
+        height, width = self.size
         if (rows, columns) == self.size:
             return self
         images = torch.cat([self.rgb, self.usable[..., None].to(self.rgb)], dim=-1).permute(2, 0, 1)[None]
@@ -59,6 +63,17 @@ class StereoView:
         stretch = torch.diag(torch.tensor([columns / width, rows / height, 1.0], dtype=torch.float64))
         rgb = small[..., :3].contiguous()
         return StereoView(rgb, _grey(rgb), small[..., 3] > 0.99, stretch @ self.intrinsics, self.world_to_camera)
+
+    def cut(self, rows: slice, columns: slice) -> StereoView:
+        """A window of the view, whose camera sees no more than it shows."""
+        moved = torch.eye(3, dtype=torch.float64)
+        moved[0, 2], moved[1, 2] = -columns.start, -rows.start
+        rgb, grey, usable = (picture[rows, columns].contiguous() for picture in (self.rgb, self.grey, self.usable))
+        return StereoView(rgb, grey, usable, moved @ self.intrinsics, self.world_to_camera)
+
+    def recoloured(self, rgb: Float[Tensor, "h w 3"]) -> StereoView:
+        """The same view with another picture."""
+        return StereoView(rgb, _grey(rgb), self.usable, self.intrinsics, self.world_to_camera)
 
 
 def stereo_view(view: ReferenceView, long_side_px: int) -> StereoView:
@@ -108,15 +123,27 @@ def choose_sources(
     Returns:
         Indices of the sources of each view; empty where no other view overlaps.
     """
-    chosen = []
-    for index, (view, depth_range) in enumerate(zip(views, depth_ranges)):
-        points = _points_in_view(view, depth_range)
-        scores = [
-            0.0 if other == index else _overlap(view, views[other], points, angles_deg) for other in range(len(views))
-        ]
-        ranked = sorted(range(len(views)), key=lambda other: -scores[other])
-        chosen.append([other for other in ranked[:most] if scores[other] > MIN_OVERLAP])
-    return chosen
+    return [
+        sources_of(index, views, depth_range, most, angles_deg)
+        for index, depth_range in zip(range(len(views)), depth_ranges)
+    ]
+
+
+def sources_of(
+    index: int,
+    views: Sequence[StereoView],
+    depth_range: tuple[float, float],
+    most: int,
+    angles_deg: tuple[float, float] = (2.0, 45.0),
+) -> list[int]:
+    """Sources of one view, as `choose_sources` finds those of all."""
+    points = _points_in_view(views[index], depth_range)
+    scores = [
+        0.0 if other == index else _overlap(views[index], views[other], points, angles_deg)
+        for other in range(len(views))
+    ]
+    ranked = sorted(range(len(views)), key=lambda other: -scores[other])
+    return [other for other in ranked[:most] if scores[other] > MIN_OVERLAP]
 
 
 MIN_OVERLAP = 0.08
