@@ -137,13 +137,10 @@ def sources_of(
     angles_deg: tuple[float, float] = (2.0, 45.0),
 ) -> list[int]:
     """Sources of one view, as `choose_sources` finds those of all."""
-    points = _points_in_view(views[index], depth_range)
-    scores = [
-        0.0 if other == index else _overlap(views[index], views[other], points, angles_deg)
-        for other in range(len(views))
-    ]
-    ranked = sorted(range(len(views)), key=lambda other: -scores[other])
-    return [other for other in ranked[:most] if scores[other] > MIN_OVERLAP]
+    scores = _overlaps(views[index], views, _points_in_view(views[index], depth_range), angles_deg)
+    scores[index] = 0
+    ranked = scores.argsort(descending=True, stable=True)[:most]
+    return [int(other) for other in ranked if scores[other] > MIN_OVERLAP]
 
 
 MIN_OVERLAP = 0.08
@@ -164,18 +161,24 @@ def _points_in_view(view: StereoView, depth_range: tuple[float, float]) -> Float
     return (in_camera - view.world_to_camera[:3, 3]) @ view.world_to_camera[:3, :3]
 
 
-def _overlap(a: StereoView, b: StereoView, points: Float[Tensor, "n 3"], angles_deg: tuple[float, float]) -> float:
-    in_camera = points @ b.world_to_camera[:3, :3].T + b.world_to_camera[:3, 3]
-    projected = in_camera @ b.intrinsics.T
-    pixel = projected[:, :2] / projected[:, 2:].clamp(min=1e-9)
-    height, width = b.size
-    inside = (pixel >= 0).all(-1) & (pixel[:, 0] < width) & (pixel[:, 1] < height) & (in_camera[:, 2] > 0)
-    ray_a = torch.nn.functional.normalize(points - a.centre, dim=-1)
-    ray_b = torch.nn.functional.normalize(points - b.centre, dim=-1)
-    angle = torch.rad2deg(torch.arccos((ray_a * ray_b).sum(-1).clamp(-1, 1)))
+def _overlaps(
+    view: StereoView, others: Sequence[StereoView], points: Float[Tensor, "p 3"], angles_deg: tuple[float, float]
+) -> Float[Tensor, " n"]:
+    """Share of the points that each of the others sees, weighted by the angle between the rays."""
+    to_camera = torch.stack([other.world_to_camera for other in others])
+    intrinsics = torch.stack([other.intrinsics for other in others])
+    sides = torch.tensor([[other.size[1], other.size[0]] for other in others], dtype=torch.float64)[:, None]
+    in_camera = points @ to_camera[:, :3, :3].mT + to_camera[:, None, :3, 3]
+    projected = in_camera @ intrinsics.mT
+    pixel = projected[..., :2] / projected[..., 2:].clamp(min=1e-9)
+    inside = ((pixel >= 0) & (pixel < sides)).all(-1) & (in_camera[..., 2] > 0)
+    centres = torch.stack([other.centre for other in others])
+    ray = torch.nn.functional.normalize(points - view.centre, dim=-1)
+    other_ray = torch.nn.functional.normalize(points - centres[:, None], dim=-1)
+    angle = torch.rad2deg(torch.arccos((ray * other_ray).sum(-1).clamp(-1, 1)))
     low, high = angles_deg
     worth = torch.minimum(angle / low, (2 * high - angle) / high).clamp(0, 1)
-    return float((inside * worth).mean())
+    return (inside * worth).mean(-1)
 
 
 def _grey(rgb: Float[Tensor, "h w 3"]) -> Float[Tensor, "h w"]:
