@@ -13,6 +13,7 @@ from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 PRELOAD = (
     "nerfstudio.configs.method_configs",
     "nerfstudio_enhancer.rounds",
+    "nerfstudio_enhancer.depth_training.samples",
     "nerfstudio_enhancer.depth_training.whole_splats",
 )
 
@@ -22,15 +23,15 @@ class TrainDepth:
     """Train the network that predicts the depth of reference views.
 
     Splats are trained on all photographs of every scene, and their depth, where several views agree on it, is what the
-    network learns. Its inputs are sets of few photographs of the scene with their matching costs, drawn anew in every step.
-    What exists already in the output folder is kept, so that the command can be repeated to go on.
+    network learns. Its inputs are sets of few photographs of the scene with their matching costs. What exists already in
+    the output folder is kept, so that the command can be repeated to go on.
     """
 
     output: Path
-    """Folder for depth (`depth/`), the training's state and `depth_network.safetensors`."""
+    """Folder for depth (`depth/`), samples (`samples/`), the training's state and `depth_network.safetensors`."""
     data: tuple[Path, ...] = ()
     """Folders of the scenes, in nerfstudio's or COLMAP's layout."""
-    steps: int = 6000
+    steps: int = 3000
     """Steps of the fit; the learning rate falls to its end over them."""
     max_views: int = 40
     """Most photographs of a scene, spread evenly over the capture."""
@@ -44,8 +45,6 @@ class TrainDepth:
     """At the start; it falls to a fiftieth along a cosine."""
     seed: int = 0
     """Of the reference sets, the order and the first weights."""
-    loaders: int = 1
-    """Processes that draw reference sets and match them, beside the fit; 0 lets the fit do so itself."""
     jobs: int | None = None
     """Scenes at once, each with its share of the cores; by default one for each core."""
 
@@ -62,6 +61,7 @@ def train_depth(settings: TrainDepth) -> Path:
         RuntimeError: if a scene failed; all others are kept.
     """
     from nerfstudio_enhancer.depth_training.fit import fit
+    from nerfstudio_enhancer.depth_training.samples import make_samples
     from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, store_views
 
     if not settings.data:
@@ -73,6 +73,7 @@ def train_depth(settings: TrainDepth) -> Path:
     if missing:
         raise FileNotFoundError(f"There is no scene at {missing[0]}; give `--data` folders that exist.")
     depth = {data.name: settings.output / "depth" / f"{data.name}.pt" for data in settings.data}
+    samples = {name: settings.output / "samples" / f"{name}.pt" for name in names}
     scenes = [
         WholeScene(data, depth[data.name], settings.max_views, settings.splat_steps, settings.size, settings.seed)
         for data in settings.data
@@ -83,7 +84,16 @@ def train_depth(settings: TrainDepth) -> Path:
         [Job(s.data.name, store_views, (s,), log=logs / f"{s.data.name}.log") for s in scenes if not s.output.exists()],
         settings,
     )
-    return fit(settings, list(depth.values()))
+    _run(
+        "reference sets",
+        [
+            Job(name, make_samples, (depth[name], samples[name], settings.seed), log=logs / f"{name}.log")
+            for name in names
+            if not samples[name].exists()
+        ],
+        settings,
+    )
+    return fit(settings, [samples[name] for name in names])
 
 
 def _run(what: str, jobs: list[Job], settings: TrainDepth) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from torch import Tensor
 
@@ -39,13 +38,6 @@ SETTINGS = {
 }
 """Many views keep splats in place; only their rays are drawn to one surface, so that expected depth is the surface's."""
 
-TRUE_SMOOTHNESS = (0.3, 0.05)
-"""Weights of smooth disparity in the two trainings whose depth is compared. On walls and floors without texture splats have
-no depth of their own: with little smoothness they are bumpy there, and differently in every training."""
-
-AGREEMENT = 0.1
-"""Relative difference of depth up to which the two say the same."""
-
 
 @dataclass(frozen=True)
 class WholeScene:
@@ -61,15 +53,9 @@ class WholeScene:
     seed: int
 
 
-def train_on_all(scene: WholeScene, names: Sequence[str] | None = None, **settings: float) -> Trainer:
-    """Train splats on as many of a scene's photographs as are asked for, all but one at most; or on those named.
-
-    Args:
-        scene: the scene.
-        names: photographs.
-        settings: of the model, instead of those in `SETTINGS`.
-    """
-    config = _config(scene, settings)
+def train_on_all(scene: WholeScene, names: Sequence[str] | None = None) -> Trainer:
+    """Train splats on as many of a scene's photographs as are asked for, all but one at most; or on those named."""
+    config = _config(scene)
     if names is not None:
         dataparser_of(config).reference_views = tuple(names)
     set_seed(scene.seed)
@@ -80,27 +66,12 @@ def train_on_all(scene: WholeScene, names: Sequence[str] | None = None, **settin
 
 
 def store_views(scene: WholeScene) -> None:
-    """Train splats twice and store, for each of their photographs, colours, depth, opacity, camera and where both agree.
+    """Train splats and store, for each of their photographs, colours, depth, opacity and camera.
 
-    The file holds a list with one dictionary a view: `rgb` uint8 [h w 3], `depth` [h w] along the optical axis, `agreed`
-    bool [h w] (see `TRUE_SMOOTHNESS`), `alpha` uint8 [h w], `camera_to_world` [3 4] (OpenGL axes), `intrinsics` (fx, fy,
-    cx, cy in pixels).
+    The file holds a list with one dictionary a view: `rgb` uint8 [h w 3], `depth` [h w] along the optical axis, `alpha`
+    uint8 [h w], `camera_to_world` [3 4] (OpenGL axes), `intrinsics` (fx, fy, cx, cy in pixels).
     """
-    smooth, free = (
-        _views_of(train_on_all(replace(scene, seed=scene.seed + number), depth_smoothness=weight))
-        for number, weight in enumerate(TRUE_SMOOTHNESS)
-    )
-    views = [view | {"agreed": agreed(view["depth"], other["depth"])} for view, other in zip(smooth, free)]
-    with whole_file(scene.output) as partial:
-        torch.save(views, partial)
-
-
-def agreed(depth: Float[Tensor, "h w"], other: Float[Tensor, "h w"]) -> Bool[Tensor, "h w"]:
-    """Where two trainings say the same depth."""
-    return (depth - other).abs() < AGREEMENT * torch.minimum(depth, other)
-
-
-def _views_of(trainer: Trainer) -> list[dict[str, Tensor]]:
+    trainer = train_on_all(scene)
     model = cast(EnhancerModel, trainer.pipeline.model)
     datamanager = cast(EnhancerDataManager, trainer.pipeline.datamanager)
     views = []
@@ -116,16 +87,17 @@ def _views_of(trainer: Trainer) -> list[dict[str, Tensor]]:
                 "intrinsics": torch.tensor([float(value) for value in (camera.fx, camera.fy, camera.cx, camera.cy)]),
             }
         )
-    return views
+    with whole_file(scene.output) as partial:
+        torch.save(views, partial)
 
 
-def _config(scene: WholeScene, settings: Mapping[str, float]) -> TrainerConfig:
+def _config(scene: WholeScene) -> TrainerConfig:
     config = method_config()
     set_prior(config, "none")
     fit_schedule(config, scene.steps)
     # Many views need no stereo, whose mistakes must not become the truth.
     with_seed_points(config, "triangulated", depth_network=False)
-    with_settings(config, {**SETTINGS, "few_views": scene.max_views, **settings})
+    with_settings(config, {**SETTINGS, "few_views": scene.max_views})
     config.machine.seed = scene.seed
     config.data = scene.data
     datamanager, dataparser = datamanager_of(config), dataparser_of(config)

@@ -51,11 +51,7 @@ class StereoView:
         """The same view at another resolution (area averages when reducing)."""
         height, width = self.size
         scale = long_side_px / max(height, width)
-        return self.resized_to(max(2, round(height * scale)), max(2, round(width * scale)))
-
-    def resized_to(self, rows: int, columns: int) -> StereoView:
-        """The same view with so many rows and columns; if their ratio is another, its pixels are no longer square."""
-        height, width = self.size
+        rows, columns = max(2, round(height * scale)), max(2, round(width * scale))
         if (rows, columns) == self.size:
             return self
         images = torch.cat([self.rgb, self.usable[..., None].to(self.rgb)], dim=-1).permute(2, 0, 1)[None]
@@ -63,17 +59,6 @@ class StereoView:
         stretch = torch.diag(torch.tensor([columns / width, rows / height, 1.0], dtype=torch.float64))
         rgb = small[..., :3].contiguous()
         return StereoView(rgb, _grey(rgb), small[..., 3] > 0.99, stretch @ self.intrinsics, self.world_to_camera)
-
-    def cut(self, rows: slice, columns: slice) -> StereoView:
-        """A window of the view, whose camera sees no more than it shows."""
-        moved = torch.eye(3, dtype=torch.float64)
-        moved[0, 2], moved[1, 2] = -columns.start, -rows.start
-        rgb, grey, usable = (picture[rows, columns].contiguous() for picture in (self.rgb, self.grey, self.usable))
-        return StereoView(rgb, grey, usable, moved @ self.intrinsics, self.world_to_camera)
-
-    def recoloured(self, rgb: Float[Tensor, "h w 3"]) -> StereoView:
-        """The same view with another picture."""
-        return StereoView(rgb, _grey(rgb), self.usable, self.intrinsics, self.world_to_camera)
 
 
 def stereo_view(view: ReferenceView, long_side_px: int) -> StereoView:
@@ -123,24 +108,13 @@ def choose_sources(
     Returns:
         Indices of the sources of each view; empty where no other view overlaps.
     """
-    return [
-        sources_of(index, views, depth_range, most, angles_deg)
-        for index, depth_range in zip(range(len(views)), depth_ranges)
-    ]
-
-
-def sources_of(
-    index: int,
-    views: Sequence[StereoView],
-    depth_range: tuple[float, float],
-    most: int,
-    angles_deg: tuple[float, float] = (2.0, 45.0),
-) -> list[int]:
-    """Sources of one view, as `choose_sources` finds those of all."""
-    scores = _overlaps(views[index], views, _points_in_view(views[index], depth_range), angles_deg)
-    scores[index] = 0
-    ranked = scores.argsort(descending=True, stable=True)[:most]
-    return [int(other) for other in ranked if scores[other] > MIN_OVERLAP]
+    cameras, chosen = _Cameras.of(views), []
+    for index, (view, depth_range) in enumerate(zip(views, depth_ranges)):
+        scores = cameras.overlaps(view, _points_in_view(view, depth_range), angles_deg)
+        scores[index] = 0
+        ranked = scores.argsort(descending=True, stable=True)[:most]
+        chosen.append([int(other) for other in ranked if scores[other] > MIN_OVERLAP])
+    return chosen
 
 
 MIN_OVERLAP = 0.08
@@ -161,24 +135,40 @@ def _points_in_view(view: StereoView, depth_range: tuple[float, float]) -> Float
     return (in_camera - view.world_to_camera[:3, 3]) @ view.world_to_camera[:3, :3]
 
 
-def _overlaps(
-    view: StereoView, others: Sequence[StereoView], points: Float[Tensor, "p 3"], angles_deg: tuple[float, float]
-) -> Float[Tensor, " n"]:
-    """Share of the points that each of the others sees, weighted by the angle between the rays."""
-    to_camera = torch.stack([other.world_to_camera for other in others])
-    intrinsics = torch.stack([other.intrinsics for other in others])
-    sides = torch.tensor([[other.size[1], other.size[0]] for other in others], dtype=torch.float64)[:, None]
-    in_camera = points @ to_camera[:, :3, :3].mT + to_camera[:, None, :3, 3]
-    projected = in_camera @ intrinsics.mT
-    pixel = projected[..., :2] / projected[..., 2:].clamp(min=1e-9)
-    inside = ((pixel >= 0) & (pixel < sides)).all(-1) & (in_camera[..., 2] > 0)
-    centres = torch.stack([other.centre for other in others])
-    ray = torch.nn.functional.normalize(points - view.centre, dim=-1)
-    other_ray = torch.nn.functional.normalize(points - centres[:, None], dim=-1)
-    angle = torch.rad2deg(torch.arccos((ray * other_ray).sum(-1).clamp(-1, 1)))
-    low, high = angles_deg
-    worth = torch.minimum(angle / low, (2 * high - angle) / high).clamp(0, 1)
-    return (inside * worth).mean(-1)
+@dataclass(frozen=True)
+class _Cameras:
+    """All views' cameras at once: one by one many references would take minutes."""
+
+    intrinsics: Float[Tensor, "n 3 3"]
+    world_to_camera: Float[Tensor, "n 4 4"]
+    centre: Float[Tensor, "n 1 3"]
+    sides: Float[Tensor, "n 1 2"]
+    """Width and height in pixels."""
+
+    @classmethod
+    def of(cls, views: Sequence[StereoView]) -> _Cameras:
+        """Those of the views."""
+        return cls(
+            torch.stack([view.intrinsics for view in views]),
+            torch.stack([view.world_to_camera for view in views]),
+            torch.stack([view.centre for view in views])[:, None],
+            torch.tensor([[view.size[1], view.size[0]] for view in views], dtype=torch.float64)[:, None],
+        )
+
+    def overlaps(
+        self, view: StereoView, points: Float[Tensor, "p 3"], angles_deg: tuple[float, float]
+    ) -> Float[Tensor, " n"]:
+        """Share of the view's points that each camera sees, weighted by the angle between the rays."""
+        in_camera = points @ self.world_to_camera[:, :3, :3].mT + self.world_to_camera[:, None, :3, 3]
+        projected = in_camera @ self.intrinsics.mT
+        pixel = projected[..., :2] / projected[..., 2:].clamp(min=1e-9)
+        inside = ((pixel >= 0) & (pixel < self.sides)).all(-1) & (in_camera[..., 2] > 0)
+        ray = torch.nn.functional.normalize(points - view.centre, dim=-1)
+        other_ray = torch.nn.functional.normalize(points - self.centre, dim=-1)
+        angle = torch.rad2deg(torch.arccos((ray * other_ray).sum(-1).clamp(-1, 1)))
+        low, high = angles_deg
+        worth = torch.minimum(angle / low, (2 * high - angle) / high).clamp(0, 1)
+        return (inside * worth).mean(-1)
 
 
 def _grey(rgb: Float[Tensor, "h w 3"]) -> Float[Tensor, "h w"]:
