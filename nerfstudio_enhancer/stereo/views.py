@@ -137,7 +137,7 @@ def _points_in_view(view: StereoView, depth_range: tuple[float, float]) -> Float
 
 @dataclass(frozen=True)
 class _Cameras:
-    """All views' cameras at once: one by one many references would take minutes."""
+    """All views' cameras at once: one by one, those of 320 references took 17 s instead of 2 s."""
 
     intrinsics: Float[Tensor, "n 3 3"]
     world_to_camera: Float[Tensor, "n 4 4"]
