@@ -14,7 +14,6 @@ from nerfstudio_enhancer.depth_training.train_depth import TrainDepth
 from nerfstudio_enhancer.evaluation.benchmark import Benchmark
 from nerfstudio_enhancer.evaluation.leave_one_out import LeaveOneOut
 from nerfstudio_enhancer.pairs.make_pairs import MakePairs
-from nerfstudio_enhancer.procedural.make_scenes import MakeScenes
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,6 @@ class ConvertPairs:
 COMMANDS = {
     "benchmark": Benchmark,
     "leave-one-out": LeaveOneOut,
-    "make-scenes": MakeScenes,
     "make-pairs": MakePairs,
     "convert-pairs": ConvertPairs,
     "train-depth": TrainDepth,
@@ -145,7 +143,6 @@ def _run(command: object) -> None:
     runners: dict[type, Callable] = {
         Benchmark: _benchmark,
         LeaveOneOut: _leave_one_out,
-        MakeScenes: _make_scenes,
         MakePairs: _make_pairs,
         ConvertPairs: _convert_pairs,
         TrainDepth: _train_depth,
@@ -167,12 +164,6 @@ def _leave_one_out(command: LeaveOneOut) -> None:
     from nerfstudio_enhancer.evaluation.leave_one_out import leave_one_out
 
     leave_one_out(command)
-
-
-def _make_scenes(command: MakeScenes) -> None:
-    from nerfstudio_enhancer.procedural.make_scenes import make_scenes
-
-    print(f"{len(make_scenes(command))} scenes are in {command.output}.")
 
 
 def _make_pairs(command: MakePairs) -> None:

@@ -23,7 +23,7 @@ from diffusion_prior.prior import fast_dtype
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
 from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork
-from nerfstudio_enhancer.stereo.predict import load_network, picture_at, save_network
+from nerfstudio_enhancer.stereo.predict import picture_at, save_network
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.depth_training.train_depth import TrainDepth
@@ -71,8 +71,7 @@ def fit(settings: TrainDepth, files: Sequence[Path], stop_after: int | None = No
     samples = _Samples.read(files)
     torch.manual_seed(settings.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    network = DepthNetwork() if settings.start is None else load_network(settings.start).train().requires_grad_(True)
-    network.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = DepthNetwork().to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=WEIGHT_DECAY)
     state_path, weights_path = settings.output / "state.pt", settings.output / "depth_network.safetensors"
@@ -160,7 +159,7 @@ def plane_cross_entropy(
 
 
 class _Samples:
-    """All samples, grouped by size, since a batch holds one size."""
+    """All samples in memory, grouped by size, since a batch holds one size."""
 
     def __init__(self, samples: list[dict]) -> None:
         self.samples = samples
@@ -182,8 +181,7 @@ class _Samples:
         """
         samples = []
         for path in files:
-            # Mapped, since the costs of many scenes are larger than the memory; a step reads those of its batch.
-            stored = torch.load(path, weights_only=True, mmap=True)
+            stored = torch.load(path, weights_only=True)
             for sample in stored["samples"]:
                 if sample["trusted"].float().mean() >= MIN_TRUSTED:
                     samples.append({**sample, "rgb": stored["rgb"][sample["view"]], "scene": path.stem})

@@ -22,9 +22,6 @@ from nerfstudio_enhancer.stereo.views import LUMA, StereoView, choose_sources
 SETS = ((3, 5), (4, 3), (6, 2), (9, 2), (12, 1))
 """Numbers of reference views, and how many sets of each."""
 
-SETS_OF_MANY = ((3, 2), (4, 1), (6, 1), (9, 1))
-"""Where scenes are cheap: fewer sets of more scenes."""
-
 CONFIRMED_BY = 6
 """Nearest other views that are asked whether they see the same depth."""
 
@@ -33,10 +30,6 @@ DEPTH_TOLERANCE = 0.05
 
 ENOUGH_PIXELS = 400
 """A view of which the others see fewer pixels takes the depth range of all, as in `initial_splats`."""
-
-FAR_AWAY = 1e6
-"""World units at which stored depth has the sky, where it is known to be the sky: every view agrees on it, and no range of depths
-is stretched to it."""
 
 RANGE_JITTER = 0.08
 """Standard deviation of the logarithm of a factor on either end of the depth range."""
@@ -49,10 +42,8 @@ class _View:
     trusted: Bool[Tensor, "h w"]
 
 
-def make_samples(depth_path: Path, output: Path, seed: int, sets: Sequence[tuple[int, int]] = SETS) -> None:
+def make_samples(depth_path: Path, output: Path, seed: int) -> None:
     """Draw sets of references from a scene and store a sample for each of their views.
-
-    `sets` are numbers of reference views, and how many sets of each.
 
     The file holds the photographs (`rgb`: list of uint8 [h w 3]) and `samples`, a list of dictionaries: `view` (index of the
     photograph), `cost` uint8 [d h w], `inverse_depth` (0 at the farthest plane, 1 at the nearest; half), `trusted` bool
@@ -63,7 +54,7 @@ def make_samples(depth_path: Path, output: Path, seed: int, sets: Sequence[tuple
     generator = np.random.default_rng(seed)
     seen: dict[tuple[int, int], Tensor] = {}
     samples = []
-    for num_views, count in sets:
+    for num_views, count in SETS:
         if num_views >= len(views):
             continue
         for number in range(count):
@@ -171,8 +162,7 @@ def _seen_by_others(views: Sequence[_View], index: int, chosen: Sequence[int], s
                 a, b = views[index], views[other]
                 seen[index, other] = confirmed_by(a.stereo, a.depth, b.stereo, b.depth)
             visible |= seen[index, other]
-    depth = views[index].depth
-    return depth[visible & views[index].trusted & (depth < FAR_AWAY)]
+    return views[index].depth[visible & views[index].trusted]
 
 
 def _depth_range(depths: Float[Tensor, " n"], generator: np.random.Generator) -> tuple[float, float]:

@@ -13,7 +13,6 @@ from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 PRELOAD = (
     "nerfstudio.configs.method_configs",
     "nerfstudio_enhancer.rounds",
-    "nerfstudio_enhancer.depth_training.known_depth",
     "nerfstudio_enhancer.depth_training.samples",
     "nerfstudio_enhancer.depth_training.whole_splats",
 )
@@ -23,18 +22,15 @@ PRELOAD = (
 class TrainDepth:
     """Train the network that predicts the depth of reference views.
 
-    What it learns is depth that several views agree on: that of splats trained on all photographs of a scene or, where its
-    transforms.json names depth pictures (`depth_file_path`), as those of `make-scenes` do, their own. Its inputs are sets
-    of few photographs of the scene with their matching costs. What exists already in the output folder is kept, so that
-    the command can be repeated to go on.
+    Splats are trained on all photographs of every scene, and their depth, where several views agree on it, is what the
+    network learns. Its inputs are sets of few photographs of the scene with their matching costs. What exists already in
+    the output folder is kept, so that the command can be repeated to go on.
     """
 
     output: Path
     """Folder for depth (`depth/`), samples (`samples/`), the training's state and `depth_network.safetensors`."""
     data: tuple[Path, ...] = ()
     """Folders of the scenes, in nerfstudio's or COLMAP's layout."""
-    start: Path | None = None
-    """Weights to start from, as this command writes them; by default random ones."""
     steps: int = 3000
     """Steps of the fit; the learning rate falls to its end over them."""
     max_views: int = 40
@@ -60,13 +56,12 @@ def train_depth(settings: TrainDepth) -> Path:
         The file of the weights.
 
     Raises:
-        FileNotFoundError: if a scene's folder or `start` is missing.
-        ValueError: if the settings leave nothing to do, or `start` holds no weights.
+        FileNotFoundError: if a scene's folder is missing.
+        ValueError: if the settings leave nothing to do.
         RuntimeError: if a scene failed; all others are kept.
     """
     from nerfstudio_enhancer.depth_training.fit import fit
-    from nerfstudio_enhancer.depth_training.known_depth import knows_depth, store_known_views
-    from nerfstudio_enhancer.depth_training.samples import SETS, SETS_OF_MANY, make_samples
+    from nerfstudio_enhancer.depth_training.samples import make_samples
     from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, store_views
 
     if not settings.data:
@@ -83,31 +78,16 @@ def train_depth(settings: TrainDepth) -> Path:
         WholeScene(data, depth[data.name], settings.max_views, settings.splat_steps, settings.size, settings.seed)
         for data in settings.data
     ]
-    known = {scene.data.name for scene in scenes if knows_depth(scene.data)}
     logs = settings.output / "logs"
     _run(
         "depth of all photographs",
-        [
-            Job(
-                s.data.name,
-                store_known_views if s.data.name in known else store_views,
-                (s,),
-                log=logs / f"{s.data.name}.log",
-            )
-            for s in scenes
-            if not s.output.exists() and not samples[s.data.name].exists()
-        ],
+        [Job(s.data.name, store_views, (s,), log=logs / f"{s.data.name}.log") for s in scenes if not s.output.exists()],
         settings,
     )
     _run(
         "reference sets",
         [
-            Job(
-                name,
-                make_samples,
-                (depth[name], samples[name], settings.seed, SETS_OF_MANY if name in known else SETS),
-                log=logs / f"{name}.log",
-            )
+            Job(name, make_samples, (depth[name], samples[name], settings.seed), log=logs / f"{name}.log")
             for name in names
             if not samples[name].exists()
         ],

@@ -34,8 +34,6 @@ class Frame:
     """nerfstudio's order: k1, k2, k3, k4, p1, p2 (fisheye: k1 to k4)."""
     mask: Path | None = None
     """White = use, black = ignore; the same size as the photograph."""
-    depth: Path | None = None
-    """Picture of the depth along the optical axis, in steps of `Capture.depth_unit`; 0 is unknown."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,6 @@ class Capture:
     applied_transform: np.ndarray | None = None
     """[3, 4] transform that led from the original world to the world of the poses."""
     applied_scale: float = 1.0
-    depth_unit: float = 1e-3
-    """World units of a step of the depth pictures; nerfstudio's default."""
-    depth_clipped: bool = False
-    """Whether the last step of 16 bits stands for all that is farther, as in procedural scenes (`make-scenes`)."""
     orientation_override: str | None = None
     fisheye_crop_radius: float | None = None
     named_splits: dict[str, list[str]] = field(default_factory=dict)

@@ -32,8 +32,6 @@ def read_nerfstudio_folder(data: Path) -> Capture:
         camera_model=str(meta.get("camera_model", "OPENCV")),
         applied_transform=_applied_transform(meta, folder),
         applied_scale=float(meta.get("applied_scale", 1.0)),
-        depth_unit=float(meta.get("depth_unit_scale_factor", 1e-3)),
-        depth_clipped=bool(meta.get("depth_clipped", False)),
         orientation_override=meta.get("orientation_override"),
         fisheye_crop_radius=meta.get("fisheye_crop_radius"),
         named_splits={
@@ -83,7 +81,6 @@ def _frame(entry: dict[str, Any], meta: dict[str, Any], folder: Path, transforms
         cy=intrinsic("cy"),
         distortion=_distortion(entry, meta),
         mask=folder / entry["mask_path"] if "mask_path" in entry else None,
-        depth=folder / entry["depth_file_path"] if "depth_file_path" in entry else None,
     )
 
 

@@ -255,20 +255,6 @@ def test_a_fit_that_was_interrupted_ends_with_the_same_weights(sample_file, tmp_
     assert any(not torch.equal(value, first[name].half().float()) for name, value in whole.items())
 
 
-def test_a_fit_starts_from_weights_that_are_given(sample_file, tmp_path) -> None:
-    # With a learning rate of 0 what comes out is what went in.
-    torch.manual_seed(1)
-    start = tmp_path / "start.safetensors"
-    save_network(DepthNetwork(), start)
-    settings = TrainDepth(output=tmp_path / "out", start=start, steps=1, batch=1, learning_rate=0.0)
-    settings.output.mkdir()
-    fitted = load_network(fit(settings, [sample_file])).state_dict()
-    assert all(torch.equal(value, fitted[name]) for name, value in load_network(start).state_dict().items())
-    assert not all(
-        torch.equal(value.half(), fitted[name].half()) for name, value in DepthNetwork().state_dict().items()
-    )
-
-
 def test_the_command_refuses_nothing_doubles_and_missing_folders(tmp_path) -> None:
     with pytest.raises(ValueError, match="--data"):
         train_depth(TrainDepth(output=tmp_path))
