@@ -21,10 +21,10 @@ waiting_threads._cores_of_others = cores_of_others
 waiting_threads.let_waiting_threads_sleep()
 waiting_threads.let_waiting_threads_sleep()
 for others in (0.1, 1.0, 0.0):
-    time.sleep(0.5)
+    time.sleep(0.3)
     numbers.add_(1)
     begin = time.process_time()
-    for _ in range(50):
+    for _ in range(30):
         numbers.add_(1)
         time.sleep(0.01)
     print(time.process_time() - begin)

@@ -39,9 +39,29 @@ def test_values_errors_and_crashes_come_back_and_what_is_printed_is_in_the_log(t
     assert log.read_text() == "to the log\n"
 
 
-def test_what_no_machine_has_is_refused():
-    with pytest.raises(RuntimeError, match=r"a job takes 1 and 1000"):
-        results([Job("large", operator.mul, (2, 4))], gpus=1000.0)
+class TwoCores:
+    """What of Ray is asked before the first job starts, of a cluster without a GPU; a real one takes ten seconds to start."""
+
+    def __init__(self) -> None:
+        self.left = False
+
+    def remote(self, **_):
+        return lambda function: function
+
+    def cluster_resources(self):
+        return {"CPU": 2.0, "memory": 1e9}
+
+    def shutdown(self):
+        self.left = True
+
+
+@pytest.mark.parametrize(("threads", "gpus"), [(1, 1.0), (3, 0.0)])
+def test_what_no_machine_has_is_refused_and_the_cluster_left(threads, gpus, monkeypatch):
+    cluster = TwoCores()
+    monkeypatch.setattr("nerfstudio_enhancer.ray_jobs._connect", lambda address: cluster)
+    with pytest.raises(RuntimeError, match=rf"has 2 cores and 0 GPUs; a job takes {threads} and {gpus:g}\."):
+        results([Job("large", operator.mul, (2, 4))], threads=threads, gpus=gpus)
+    assert cluster.left
 
 
 def test_jobs_that_wait_for_each_other_are_refused():
