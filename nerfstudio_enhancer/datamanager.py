@@ -1,6 +1,7 @@
 """Batches from reference photographs and, once a round has run, from enhanced views at a set ratio."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -38,9 +39,12 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         test_mode: Literal["test", "val", "inference"] = "val",
         **kwargs,
     ) -> None:
-        if test_mode == "test" and isinstance(config.dataparser, SparseViewsDataParserConfig):
-            # The splats come from a checkpoint: seed points would be searched only to be thrown away.
-            config = replace(config, dataparser=replace(config.dataparser, seed_points="none"))
+        if isinstance(config.dataparser, SparseViewsDataParserConfig):
+            if test_mode == "test":
+                # The splats come from a checkpoint: seed points would be searched only to be thrown away.
+                config = replace(config, dataparser=replace(config.dataparser, seed_points="none"))
+            elif test_mode == "val":
+                _check_held_out(config.dataparser, config.data)
         self.enhanced_views: EnhancedViewStore | None = None
         self.enhanced_ratio = 0.0
         self.seed = 0
@@ -132,6 +136,12 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
             factor *= limit / longest
         sides = torch.cat([cameras.width.flatten(), cameras.height.flatten()]).unique()
         return _factor_with_one_rounding(factor, sides)
+
+
+def _check_held_out(config: SparseViewsDataParserConfig, data: Path | None) -> None:
+    """Raise now what is wrong with a held-out photograph, which nerfstudio reads after minutes of search for seed points."""
+    config = config if data is None else replace(config, data=Path(data))
+    config.setup().get_dataparser_outputs(split="val")
 
 
 def _factor_with_one_rounding(factor: float, sides: torch.Tensor) -> float:

@@ -33,6 +33,22 @@ def test_no_seed_points_are_searched_where_a_finished_model_is_evaluated(tmp_pat
         data_manager(tmp_path / "b", "val")
 
 
+@pytest.mark.parametrize("in_data_manager", [False, True])
+def test_a_held_out_photograph_is_missed_before_seed_points_are_searched(
+    tmp_path: Path, monkeypatch, in_data_manager: bool
+) -> None:
+    def searched(*args, **kwargs):
+        raise AssertionError("searched")
+
+    monkeypatch.setattr("nerfstudio_enhancer.initial_splats.seed_points", searched)
+    write_nerfstudio_folder(tmp_path, SCENE)
+    (tmp_path / "images" / "view_2.png").unlink()  # the references are the first, the middle and the last of five
+    parser = SparseViewsDataParserConfig(data=Path("elsewhere") if in_data_manager else tmp_path, num_views=3)
+    config = EnhancerDataManagerConfig(data=tmp_path if in_data_manager else None, dataparser=parser)
+    with pytest.raises(FileNotFoundError, match=r"1 posed photograph\(s\) do not exist: .*view_2.png"):
+        config.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+
+
 def test_batches_of_references_carry_what_is_known_of_their_depth(tmp_path: Path) -> None:
     initial = SeedPointsConfig(stereo=StereoConfig(sweep_px=80, refine_px=100, depth_network=False))
     manager = data_manager(tmp_path, "val", seed_points="stereo", initial=initial)
