@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.datamanagers.full_images_datamanager import FullImageDatamanager, FullImageDatamanagerConfig
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.data.datasets.base_dataset import InputDataset
 
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore
@@ -39,12 +40,17 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         test_mode: Literal["test", "val", "inference"] = "val",
         **kwargs,
     ) -> None:
+        self._held_out: DataparserOutputs | None = None
         if isinstance(config.dataparser, SparseViewsDataParserConfig):
             if test_mode == "test":
                 # The splats come from a checkpoint: seed points would be searched only to be thrown away.
                 config = replace(config, dataparser=replace(config.dataparser, seed_points="none"))
             elif test_mode == "val":
-                _check_held_out(config.dataparser, config.data)
+                # What is wrong with a held-out photograph is told before seed points are searched, which can take minutes.
+                parser = (
+                    config.dataparser if config.data is None else replace(config.dataparser, data=Path(config.data))
+                )
+                self._held_out = parser.setup().get_dataparser_outputs(split="val")
         self.enhanced_views: EnhancedViewStore | None = None
         self.enhanced_ratio = 0.0
         self.seed = 0
@@ -58,7 +64,7 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
 
     def create_eval_dataset(self) -> InputDataset:
         """The held-out photographs, at the same scale."""
-        outputs = self.dataparser.get_dataparser_outputs(split=self.test_split)
+        outputs = self._held_out or self.dataparser.get_dataparser_outputs(split=self.test_split)
         return InputDataset(outputs, self._scale_factor(self.train_dataparser_outputs.cameras, outputs.cameras))
 
     def unused_views(self) -> InputDataset:
@@ -136,12 +142,6 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
             factor *= limit / longest
         sides = torch.cat([cameras.width.flatten(), cameras.height.flatten()]).unique()
         return _factor_with_one_rounding(factor, sides)
-
-
-def _check_held_out(config: SparseViewsDataParserConfig, data: Path | None) -> None:
-    """Raise now what is wrong with a held-out photograph, which nerfstudio reads after minutes of search for seed points."""
-    config = config if data is None else replace(config, data=Path(data))
-    config.setup().get_dataparser_outputs(split="val")
 
 
 def _factor_with_one_rounding(factor: float, sides: torch.Tensor) -> float:
