@@ -2,7 +2,7 @@
 
 One shared library holds the kernels three times (AVX-512, AVX2, baseline) and chooses at run time, so a wheel works on
 every x86-64 machine; other architectures get the portable variant. It needs a C++17 compiler and nothing else: no torch
-headers, no Python API. Without a compiler the installation succeeds with a warning and the slow torch reference is used.
+headers, no Python API: the one that Python itself was built with, or else c++, g++ or clang++. Without a compiler the installation succeeds with a warning and the slow torch reference is used.
 A cross build names its platform in `_PYTHON_HOST_PLATFORM` (linux-aarch64), as those of CPython do.
 """
 
@@ -37,6 +37,11 @@ class BuildNative(build_ext):
         compiler = self.compiler
         if compiler is None:
             raise RuntimeError("build_extension was called before a compiler was chosen.")
+        # Which of these command lines C++ is compiled and linked by differs between versions of setuptools.
+        for role in ("compiler", "compiler_so", "linker", "linker_so", "linker_exe"):
+            for name in (role, f"{role}_cxx"):
+                if command := getattr(compiler, name, None):
+                    setattr(compiler, name, flags["present"](command))
         objects = compiler.compile(
             [f"{NATIVE}/native.cpp"],
             output_dir=self.build_temp,

@@ -22,12 +22,13 @@ from typing import Any, TypeVar, cast
 import torch
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusion_prior.coarse import CoarseRepair
 from diffusion_prior.conditioning import CLIP_MEAN, CLIP_STD
+from diffusion_prior.files import save_file
 from diffusion_prior.prior import PriorConfig, VideoPrior, fast_dtype
 from diffusion_prior.published import LAYOUT_A_FRAMES, LAYOUT_A_SIZE, LAYOUT_B_SIZE, SVD_REPOSITORY
 from diffusion_prior.std import SpatialTemporalDecoder
@@ -37,7 +38,8 @@ BUNDLED = Path(__file__).parent / "bundled"
 """The compact prior that comes with the package."""
 CONFIG_FILE = "prior_config.json"
 INDEX_FILE = "model_index.json"
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+DIFFUSERS_WEIGHTS = f"{DIFFUSERS_STEM}.safetensors"
 TRANSFORMERS_WEIGHTS = "model.safetensors"
 POSE_TENSOR = "pose_embedding.linear_1.weight"
 """Only the pose-conditioned layout (A) of the UNet has it."""
@@ -175,16 +177,19 @@ def _fetch(repository: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        halves = ["*.json", "*/*.json", "*/*.fp16.safetensors"]
+        halves = ["*.json", "*/*.json", "*/*.fp16.safetensors", f"{DIFFUSERS_STEM}*.fp16.safetensors"]
         path = Path(snapshot_download(repository, allow_patterns=halves))
-        configs = [config.parent for config in path.glob("*/config.json")]
-        lacking = [part.name for part in configs if not any(part.glob("*.safetensors"))]
+        whole = [f"{config.parent.name}/*.safetensors" for config in path.glob("*/config.json")]
+        if (path / "config.json").is_file():
+            # Of a UNet alone. By its name, since the root of a whole prior may hold a second copy of everything.
+            whole.append(f"{DIFFUSERS_STEM}*.safetensors")
+        lacking = [pattern for pattern in whole if not any(path.glob(pattern))]
         if lacking:
-            snapshot_download(repository, allow_patterns=[f"{part}/*.safetensors" for part in lacking])
+            snapshot_download(repository, allow_patterns=lacking)
     except Exception as error:  # the hub client raises many unrelated types: no network, no access, no such name
         raise FileNotFoundError(
             f"prior {repository!r} is no local folder, and could not be fetched from the hub "
-            f"({type(error).__name__}: {error}). Check the name, the network and `huggingface-cli login`; or download "
+            f"({type(error).__name__}: {error}). Check the name, the network and `hf auth login`; or download "
             "it elsewhere and give its folder; or use `bundled`, which needs no network."
         ) from error
     return path

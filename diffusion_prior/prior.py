@@ -35,6 +35,7 @@ from diffusion_prior.noise import expand_to, exponential_sigmas, karras_sigmas, 
 from diffusion_prior.published import LAYOUT_B_FRAMES
 from diffusion_prior.sampler import SAMPLERS, frame_guidance, guide
 from diffusion_prior.sampling_config import Fit, SamplingConfig
+from diffusion_prior.seeded import seeded
 from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.tiles import Tile, blend_tiles, crop_condition, tile_grid
 from diffusion_prior.types import ConditionClip, EnhancedClip
@@ -604,8 +605,7 @@ def build_compact_prior(
     encoder_settings = {**COMPACT_IMAGE_ENCODER, **(image_encoder or {})}
     widths, levels = vae_settings["block_out_channels"], len(unet_settings["block_out_channels"])
     pixels, latents = 3 * config.patch_size**2, vae_settings["latent_channels"]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         vae_module = AutoencoderKLTemporalDecoder(
             in_channels=pixels,
             out_channels=pixels,

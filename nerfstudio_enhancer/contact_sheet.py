@@ -76,7 +76,7 @@ def write_depth_sheet(path: Path, depths: Sequence[StereoDepth]) -> None:
 
 def _thinned(items: Sequence[T]) -> Sequence[T]:
     """At most as many as a sheet has rows, spread over all."""
-    return items[:: max(1, len(items) // MAX_ROWS)][:MAX_ROWS]
+    return items[:: max(1, -(-len(items) // MAX_ROWS))]
 
 
 def write_sheet(path: Path, rows: list[list[Float[Tensor, "_h _w 3"]]]) -> None:

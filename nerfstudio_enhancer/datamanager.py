@@ -25,7 +25,7 @@ class EnhancerDataManagerConfig(FullImageDatamanagerConfig):
     _target: type = field(default_factory=lambda: EnhancerDataManager)
     max_image_size: int | None = None
     """Longest image side in pixels that training and evaluation use; larger photographs are reduced in memory. None keeps
-    them as they are (times `camera_res_scale_factor`); a round then takes 3 to 4 GB of the GPU's memory a megapixel."""
+    them as they are read (times `camera_res_scale_factor`), see the dataparser's `image_folder`; a round then takes 3 to 4 GB of the GPU's memory a megapixel."""
 
 
 class EnhancerDataManager(FullImageDatamanager[InputDataset]):

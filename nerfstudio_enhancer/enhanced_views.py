@@ -11,8 +11,10 @@ import torch
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras, CameraType
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
+
+from diffusion_prior.files import save_file
 
 LEAST_NEED = 0.05
 """Mean need below which a round is not trained on: so few steps help no scene, but make its training another one by chance."""
@@ -157,6 +159,17 @@ class EnhancedViewStore:
             found.append(int(meta["step"]))
             self.add(int(meta["step"]), _read_clips(path, int(meta["clips"])))
         return found
+
+
+def newest_settings(folder: Path, up_to_step: int) -> dict:
+    """The settings that the newest round of `folder` made at or before a step was kept with; empty without such a round.
+
+    Raises:
+        ValueError: where a round's description is damaged or of another format version.
+    """
+    metas = [_read_meta(path) for path in folder.glob("round-step-*")]
+    past = [meta for meta in metas if meta["step"] <= up_to_step]
+    return max(past, key=lambda meta: meta["step"])["settings"] if past else {}
 
 
 def round_folder_name(step: int) -> str:

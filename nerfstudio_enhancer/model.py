@@ -247,9 +247,12 @@ class EnhancerModel(SplatfactoModel):
         trainer, pipeline = training_callback_attributes.trainer, training_callback_attributes.pipeline
         if trainer is None or pipeline is None:
             return callbacks
-        from nerfstudio_enhancer.rounds import Rounds
+        from nerfstudio_enhancer.rounds import Rounds, take_up_schedule
 
-        self.config.fit_to(trainer.config.max_num_iterations)
+        begin = getattr(trainer, "_start_step", 0)  # of a resumed training, whose number of steps counts from there
+        if begin > 0:
+            take_up_schedule(self.config.enhance, trainer, begin)
+        self.config.fit_to(begin + trainer.config.max_num_iterations)
         rounds = Rounds(self, cast("EnhancerDataManager", pipeline.datamanager), trainer)
         before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
         return [TrainingCallback([before], rounds.run_if_due), *callbacks]

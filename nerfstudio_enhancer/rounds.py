@@ -16,8 +16,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from nerfstudio_enhancer.contact_sheet import write_depth_sheet, write_round_pictures
-from nerfstudio_enhancer.enhance_step import References, RoundClip, enhance_step, mean_colour
-from nerfstudio_enhancer.enhanced_views import LEAST_NEED, EnhancedViewStore
+from nerfstudio_enhancer.enhance_step import EnhanceConfig, References, RoundClip, enhance_step, mean_colour
+from nerfstudio_enhancer.enhanced_views import LEAST_NEED, EnhancedViewStore, newest_settings
 from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
@@ -48,6 +48,7 @@ class Rounds:
         self.folder = Path(trainer.base_dir) / VIEWS_FOLDER
         self.references = references_of(datamanager.train_dataset, datamanager.cached_train)
         self.done: set[int] = set()
+        self._made_up_before: int | None = None
         _check(self.config, len(self.references.photographs))
         model.seed = datamanager.seed = self.seed
         datamanager.gives_depth = model.config.depth_weight > 0
@@ -59,7 +60,8 @@ class Rounds:
         if self.active:
             self._warn_of_late_rounds()
             self._take_up_rounds()
-        if self.config.uses_prior and not self.done.issuperset(self.scheduled):
+        to_come = self._made_up_before is not None or not self.done.issuperset(self.scheduled)
+        if self.config.uses_prior and to_come:
             self._prior().find()  # before thousands of steps, not after them
 
     @property
@@ -90,7 +92,7 @@ class Rounds:
                 "[yellow]No round is run: this is a training without prior (`--pipeline.model.enhance.prior none`)."
             )
             asked = False
-        if (asked or step in self.scheduled) and step not in self.done:
+        if (asked or step in self.scheduled or step == self._made_up_before) and step not in self.done:
             self.run(step)
         self.datamanager.enhanced_ratio = self.controls.ratio
 
@@ -150,7 +152,8 @@ class Rounds:
         """Write what stereo found at the references, for people, once per run."""
         depths = self.datamanager.train_dataparser_outputs.metadata.get(STEREO_DEPTH, ())
         path = Path(self.trainer.base_dir) / DEPTH_SHEET
-        if not depths or not self.config.save_frames or path.exists():
+        resumed = getattr(self.trainer, "_start_step", 0) > 0
+        if not depths or not self.config.save_frames or (resumed and path.exists()):
             return
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,9 +188,9 @@ class Rounds:
         if behind and max(found, default=0) < behind[-1]:  # of several rounds the newest alone is drawn from
             CONSOLE.log(
                 f"The round before step {behind[-1]} lies behind step {start} and its views are not beside the checkpoint: "
-                "one round is run now in its place."
+                "one round is run first in its place."
             )
-            self.run(start)
+            self._made_up_before = start  # not yet: by now a browser may render, and only a step keeps it from that
 
     def _faultless(self) -> Callable[[Cameras], Float[Tensor, "t h w 3"]]:
         from nerfstudio_enhancer.evaluation.faultless import (
@@ -215,6 +218,13 @@ def _check(config, num_references: int) -> None:
         )
     if config.every < 1:
         raise ValueError(f"enhance.every must be at least 1 step, got {config.every}.")
+    path = config.trajectory
+    between = path.min_frames, path.max_frames, path.max_total_frames
+    if config.rounds > 0 and config.feed != "photographs" and not 1 <= between[0] <= between[1] <= between[2]:
+        raise ValueError(
+            "enhance.trajectory must have 1 <= min_frames <= max_frames <= max_total_frames, so that a path has frames, got "
+            f"{between[0]}, {between[1]}, {between[2]}."
+        )
     if config.start < 1 and config.rounds > 0:
         raise ValueError(
             f"enhance.start must be at least step 1, got {config.start}: there are no splats to repair before."
@@ -261,6 +271,15 @@ def _flicker(clips: list[RoundClip]) -> dict[str, float]:
     """Means over the clips that have more than one frame."""
     told = [clip.frame_difference for clip in clips if clip.frame_difference is not None]
     return {key: sum(values) / len(values) for key, values in zip((FLICKER, RENDER_FLICKER), zip(*told))}
+
+
+def take_up_schedule(config: EnhanceConfig, trainer: Trainer, begin: int) -> None:
+    """Decide, in place, what is left open (None) of when rounds run by the newest round before the step a run resumes at."""
+    for folder in dict.fromkeys([_source_folder(trainer), Path(trainer.base_dir) / VIEWS_FOLDER]):
+        settings = {} if folder is None else newest_settings(folder, up_to_step=begin - 1)
+        for name in ("start", "every"):
+            if getattr(config, name) is None and isinstance(settings.get(name), int):
+                setattr(config, name, settings[name])
 
 
 def _source_folder(trainer: Trainer) -> Path | None:

@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float32, Int64, UInt8
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from diffusion_prior.files import save_file
 from diffusion_prior.types import WARP_CHANNELS
 
 FORMAT_NAME = "nerfstudio-enhancer-pairs"

@@ -84,7 +84,7 @@ class TrainingConfig:
     pairs: Path
     """Root folder of paired data, as `ns-enhancer make-pairs` writes it."""
     output: Path
-    """Folder for checkpoint, log, contact sheets and the finished prior; a training found there goes on."""
+    """Folder for checkpoint, log, contact sheets, tensorboard's files and the finished prior; a training found there goes on."""
     prior: Path | None = None
     """Prior to start from; its other parts are kept as they are. None starts from a compact prior with random weights."""
     steps: int = 100_000
@@ -106,7 +106,7 @@ class TrainingConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Arithmetic of the networks; auto takes bfloat16 where the device is fast with it."""
     log_every: int = 10
-    """Steps between two lines of the log."""
+    """Steps between two lines of the log (and points in tensorboard)."""
     validate_every: int = 500
     """Steps between two validations; one more follows the last step."""
     save_every: int = 200
@@ -123,7 +123,8 @@ class TrainingConfig:
     """Larger networks, more processes, more data."""
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}.")
+        for name in ("steps", "log_every", "validate_every", "save_every", "validation_clips"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.max_minutes is not None and self.max_minutes < 0:
             raise ValueError(f"max_minutes must not be negative, got {self.max_minutes}.")

@@ -7,7 +7,6 @@ processes or with another: a step averages the gradients of `batches_per_step` b
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from abc import ABC, abstractmethod
@@ -22,7 +21,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, broadcast, gather_object
-from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, Dataset
@@ -30,15 +28,15 @@ from torch.utils.data import DataLoader, Dataset
 from diffusion_prior.data.clips import ClipBatch, step_generator
 from diffusion_prior.files import whole_file
 from diffusion_prior.prior import VideoPrior, fast_dtype
+from diffusion_prior.seeded import seeded
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.objectives import ema_decay_at, learning_rate_factor
+from diffusion_prior.training.records import Records
 from diffusion_prior.training.sharding import fit_optimizer, gathered, make_whole, shard, split_like, whole
 from diffusion_prior.training.shards import ShardedClips
 from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 
 CHECKPOINT_NAME = "checkpoint.pt"
-LOG_NAME = "log.jsonl"
-SHEETS_NAME = "sheets"
 PRIOR_NAME = "prior"
 CHECKPOINT_VERSION = 1
 MAX_SKIPPED_STEPS = 20
@@ -98,7 +96,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0
     skipped: int = 0
-    """Steps in a row whose gradient was not finite."""
+    """Steps in a row in which some player's gradient was not finite."""
 
     def share(self, config: TrainingConfig) -> float:
         """Share of the training that is done: of its steps, or of its time where that is further."""
@@ -130,7 +128,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ValueError(
-            "launch with distributed_type MULTI_GPU and pass `--scale.sharding True`: the loop splits the networks itself."
+            "launch with distributed_type MULTI_GPU and pass `--scale.sharding`: the loop splits the networks itself."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fast = fast_dtype(device) is torch.bfloat16 if config.precision == "auto" else config.precision == "bf16"
@@ -146,7 +144,7 @@ def train(task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
     """Train, or go on training, until the steps or the minutes are over; the task then holds the averaged weights."""
     let_waiting_threads_sleep()
     output = config.output
-    (output / SHEETS_NAME).mkdir(parents=True, exist_ok=True)
+    output.mkdir(parents=True, exist_ok=True)
     task.losses.to(accelerator.device).train()
     if config.scale.sharding:
         shard(task.losses, accelerator.device)
@@ -155,6 +153,30 @@ def train(task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
         load_checkpoint(output / CHECKPOINT_NAME, state)
         logger.info(f"{task.name}: going on at step {state.progress.step}")
     state.batches_per_step = agreed_batches(state, config, accelerator.num_processes)
+    with _records(output, state.progress.step, accelerator) as records:
+        _train_steps(task, state, records, config, accelerator)
+        _save(output, state, accelerator)
+        _validate(task, state, records, config, accelerator)
+    _copy_into(_first_player(task.losses), state.average)
+    if config.scale.sharding:
+        make_whole(task.losses)
+    task.losses.eval()
+
+
+@contextmanager
+def _records(output: Path, step: int, accelerator: Accelerator) -> Iterator[Records | None]:
+    """Within, the main process has the training's records; the others have none."""
+    records = Records(output, step) if accelerator.is_main_process else None
+    try:
+        yield records
+    finally:
+        if records is not None:
+            records.close()
+
+
+def _train_steps(
+    task: Task, state: State, records: Records | None, config: TrainingConfig, accelerator: Accelerator
+) -> None:
     model = task.losses if config.scale.sharding else accelerator.prepare_model(task.losses)
     for step, batches in _batches(task, state, config, accelerator):
         share = _agreed_share(state.progress, config, accelerator)
@@ -166,18 +188,12 @@ def train(task: Task, config: TrainingConfig, accelerator: Accelerator) -> None:
         state.progress.seconds += time.monotonic() - started
         if step % config.log_every == 0:
             figures = _mean_figures(figures, accelerator)
-            if accelerator.is_main_process:
-                _log(output, task.name, state.progress, share, config, figures)
+            if records is not None:
+                _log(records, task.name, state.progress, share, config, figures)
         if state.progress.step % config.save_every == 0:
-            _save(output, state, accelerator)
+            _save(config.output, state, accelerator)
         if state.progress.step % config.validate_every == 0:
-            _validate(task, state, config, accelerator)
-    _save(output, state, accelerator)
-    _validate(task, state, config, accelerator)
-    _copy_into(_first_player(task.losses), state.average)
-    if config.scale.sharding:
-        make_whole(task.losses)
-    task.losses.eval()
+            _validate(task, state, records, config, accelerator)
 
 
 def agreed_batches(state: State, config: TrainingConfig, processes: int) -> int:
@@ -363,19 +379,19 @@ def _train_step(
     step = state.progress.step
     rate = config.learning_rate * learning_rate_factor(step, share, config.warmup_steps)
     figures: dict[str, float] = {"learning_rate": rate}
+    all_finite = True
     for name, network in state.losses.players.items():
         parts = _mean_gradient(model, state, batches, share, name, config, accelerator)
         parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
         norm = whole(nn.utils.clip_grad_norm_(parameters, config.clip_norm))
         if norm.isfinite():
             _optimizer_step(state.optimizers[name], rate)
-            state.progress.skipped = 0
-        else:
-            _count_skipped(state.progress)
+        all_finite = all_finite and bool(norm.isfinite())
         state.losses.zero_grad(set_to_none=True)
         prefix = "" if len(state.optimizers) == 1 else f"{name}/"
         figures |= {f"{prefix}{part}": value for part, value in parts.items()}
         figures[f"{prefix}gradient_norm"] = float(norm)
+    _count_skipped(state.progress, all_finite)
     decay = ema_decay_at(step, config.ema_decay)
     parameters = dict(_first_player(state.losses).named_parameters())
     with torch.no_grad():
@@ -398,21 +414,12 @@ def _mean_gradient(
     told: list[dict[str, float]] = []
     for number, batch in zip(_numbers(state.progress.step, state, accelerator), batches, strict=True):
         generator = step_generator(config.seed + NOISE_SEED_OFFSET, number)
-        with _exchange(model, batch is batches[-1], accelerator), _seeded(generator.initial_seed(), accelerator):
+        with _exchange(model, batch is batches[-1], accelerator), seeded(generator.initial_seed(), accelerator.device):
             with accelerator.autocast():
                 parts = model(batch, generator, share, player)
             accelerator.backward(parts["loss"] / len(batches))
         told.append({part: float(value.detach()) for part, value in parts.items()})
     return _mean_of_told(told)
-
-
-@contextmanager
-def _seeded(seed: int, accelerator: Accelerator) -> Iterator[None]:
-    """Within, what layers such as dropout draw from torch's own generators depends on the seed alone."""
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 def _mean_of_told(told: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -442,8 +449,8 @@ def _optimizer_step(optimizer: torch.optim.Optimizer, rate: float) -> None:
     optimizer.step()
 
 
-def _count_skipped(progress: Progress) -> None:
-    progress.skipped += 1
+def _count_skipped(progress: Progress, all_finite: bool) -> None:
+    progress.skipped = 0 if all_finite else progress.skipped + 1
     if progress.skipped >= MAX_SKIPPED_STEPS:
         raise FloatingPointError(
             f"the gradient was not finite in {MAX_SKIPPED_STEPS} steps in a row (step {progress.step}); "
@@ -458,10 +465,12 @@ def _copy_into(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
                 parameter.copy_(weights[name])
 
 
-def _validate(task: Task, state: State, config: TrainingConfig, accelerator: Accelerator) -> None:
+def _validate(
+    task: Task, state: State, records: Records | None, config: TrainingConfig, accelerator: Accelerator
+) -> None:
     """Judge the averaged weights: the main process alone, or all together where the network is split over them."""
     split = config.scale.sharding
-    if accelerator.is_main_process or split:
+    if records is not None or split:
         started = time.monotonic()
         network = _first_player(task.losses)
         network.eval()
@@ -469,37 +478,22 @@ def _validate(task: Task, state: State, config: TrainingConfig, accelerator: Acc
         with averaged_weights(network, state.average), together, torch.no_grad(), accelerator.autocast():
             validation = task.validate()
         network.train()
-        if accelerator.is_main_process:
-            _show(task.name, validation, state.progress, config.output, time.monotonic() - started)
+        if records is not None:
+            _show(task.name, validation, state.progress, records, time.monotonic() - started)
     accelerator.wait_for_everyone()
 
 
-def _show(name: str, validation: Validation, progress: Progress, output: Path, seconds: float) -> None:
-    step = progress.step
-    _write_line(output, {"step": step, "seconds": round(progress.seconds, 1)} | validation.metrics)
-    if validation.sheet is not None:
-        save_picture(validation.sheet, output / SHEETS_NAME / f"step-{step:07d}.png")
+def _show(name: str, validation: Validation, progress: Progress, records: Records, seconds: float) -> None:
+    records.validation(progress.step, progress.seconds, validation.metrics, validation.sheet)
     text = ", ".join(f"{part} {value:.4g}" for part, value in validation.metrics.items())
-    logger.info(f"{name} step {step}: {text} (took {seconds:.0f} s)")
-
-
-def save_picture(rgb: Tensor, path: Path) -> None:
-    """Write a picture [3 h w] in [0, 1] as PNG."""
-    pixels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(pixels).save(path)
+    logger.info(f"{name} step {progress.step}: {text} (took {seconds:.0f} s)")
 
 
 def _log(
-    output: Path, name: str, progress: Progress, share: float, config: TrainingConfig, figures: dict[str, float]
+    records: Records, name: str, progress: Progress, share: float, config: TrainingConfig, figures: dict[str, float]
 ) -> None:
     seconds_per_step = progress.seconds / max(progress.step, 1)
     left = progress.seconds * (1 - share) / share if share > 0 else seconds_per_step * config.steps
-    _write_line(output, {"step": progress.step, "seconds": round(progress.seconds, 1)} | figures)
+    records.training(progress.step, progress.seconds, figures)
     text = ", ".join(f"{part} {value:.4g}" for part, value in figures.items() if part != "learning_rate")
     logger.info(f"{name} step {progress.step} ({share:.1%}, {left / 60:.1f} min left): {text}")
-
-
-def _write_line(output: Path, values: dict[str, Any]) -> None:
-    rounded = {name: float(f"{value:.6g}") if isinstance(value, float) else value for name, value in values.items()}
-    with (output / LOG_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(rounded) + "\n")

@@ -10,7 +10,7 @@ from typing import Any
 
 from diffusion_prior.checkpoints import read_prior
 from diffusion_prior.data.pairs import find_runs, read_header
-from diffusion_prior.training.loop import LOG_NAME
+from diffusion_prior.training.records import LOG_NAME
 
 CARD_NAME = "MODEL_CARD.md"
 STAGE_TITLES = {

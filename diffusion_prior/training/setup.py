@@ -16,6 +16,7 @@ from diffusion_prior.checkpoints import load_prior, save_prior
 from diffusion_prior.conditioning import encoder_side
 from diffusion_prior.data.clips import ClipBatch, Gap, find_gaps, split_scenes, validation_clips
 from diffusion_prior.prior import VideoPrior, build_compact_prior
+from diffusion_prior.seeded import seeded
 from diffusion_prior.training.config import TrainingConfig
 from diffusion_prior.training.loop import PRIOR_NAME
 from diffusion_prior.training.trainable import merge_additions
@@ -27,7 +28,8 @@ def starting_prior(config: TrainingConfig, device: torch.device) -> VideoPrior:
     """The prior named by the settings in float32, or a compact one with random weights."""
     if config.prior is None:
         return build_compact_prior(config.seed).to(device)
-    return load_prior(str(config.prior), device, torch.float32)
+    with seeded(config.seed):  # of a decoder that the folder lacks
+        return load_prior(str(config.prior), device, torch.float32)
 
 
 def training_gaps(config: TrainingConfig) -> list[Gap]:

@@ -22,6 +22,7 @@ from diffusion_prior.coarse import COARSE_CHANNELS, CoarseRepair, coarse_conditi
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, Gap, gaps_of, split_scenes, to_float
 from diffusion_prior.data.small_runs import small_runs
 from diffusion_prior.prior import VideoPrior
+from diffusion_prior.seeded import seeded
 from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
 from diffusion_prior.training.setup import (
@@ -262,8 +263,7 @@ def run(config: CoarseConfig) -> None:
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
     if prior.coarse is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+        with seeded(config.seed):
             prior.set_coarse(CoarseRepair(folds=config.folds))
     assert prior.coarse is not None
     if prior.coarse.folds != config.folds:

@@ -20,6 +20,7 @@ from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_fl
 from diffusion_prior.noise import karras_sigmas
 from diffusion_prior.prior import VideoPrior, denoise
 from diffusion_prior.sampler import frame_guidance, guide, sample_euler
+from diffusion_prior.seeded import seeded
 from diffusion_prior.std import widened
 from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
 from diffusion_prior.training.discriminator import PatchDiscriminator
@@ -214,9 +215,10 @@ def run(config: StdConfig) -> None:
     accelerator = make_accelerator(config)
     prior = starting_prior(config, accelerator.device)
     config = fit_to_prior(config, prior)
-    prior.set_std(widened(prior.std, config.warped_references, config.context_widths))
-    start_from_the_render(prior)
-    task = StdTask(config, prior)
+    with seeded(config.seed):
+        prior.set_std(widened(prior.std, config.warped_references, config.context_widths))
+        start_from_the_render(prior)
+        task = StdTask(config, prior)
     train(task, config, accelerator)
     write_prior(task.finish(), config, accelerator)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffusion_prior.conditioning import encode_frames, to_signed
 from diffusion_prior.data.clips import ClipBatch, ClipConfig, ClipDataset, to_float
 from diffusion_prior.prior import VideoPrior
+from diffusion_prior.seeded import seeded
 from diffusion_prior.std import SpatialTemporalDecoder
 from diffusion_prior.training.config import UNET_SETTINGS, TrainingConfig
 from diffusion_prior.training.loop import Losses, Task, Validation, make_accelerator, train
@@ -108,9 +109,10 @@ class VaeTask(Task):
         with torch.no_grad():
             self.prior.set_latent_scale(1.0 / float(self._latents().std()))
         std = self.prior.std
-        self.prior.std = SpatialTemporalDecoder.from_vae(
-            self.prior.vae, self.prior.config.patch_size, tuple(std.config["condition_widths"])
-        )
+        with seeded(self.config.seed):
+            self.prior.std = SpatialTemporalDecoder.from_vae(
+                self.prior.vae, self.prior.config.patch_size, tuple(std.config["condition_widths"])
+            )
         return self.prior
 
     def _latents(self) -> Float[Tensor, " n"]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from diffusion_prior.prior import VideoPrior
+from diffusion_prior.seeded import seeded
 from diffusion_prior.training.config import ScaleConfig
 
 TEMPORAL_PARTS = ("temporal_transformer_block", "pose_embedding")
@@ -49,8 +49,7 @@ def _add_low_rank_layers(unet: nn.Module, rank: int, seed: int) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ImportError("trainable=lora needs peft: pip install 'nerfstudio-enhancer[train]'.") from error
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed):
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=LORA_TARGETS), unet)
 
 

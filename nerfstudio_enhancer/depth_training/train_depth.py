@@ -9,6 +9,7 @@ from pathlib import Path
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
+from nerfstudio_enhancer.scene.folders import scene_folders
 
 PRELOAD = (
     "nerfstudio.configs.method_configs",
@@ -64,19 +65,13 @@ def train_depth(settings: TrainDepth) -> Path:
     from nerfstudio_enhancer.depth_training.samples import make_samples
     from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, store_views
 
-    if not settings.data:
-        raise ValueError("train-depth needs at least one scene: give `--data SCENE...`.")
-    names = [data.name for data in settings.data]
-    if len(set(names)) != len(names):
-        raise ValueError(f"scenes are told apart by folder name, got {sorted(names)}; rename those that are alike.")
-    missing = [data for data in settings.data if not data.is_dir()]
-    if missing:
-        raise FileNotFoundError(f"There is no scene at {missing[0]}; give `--data` folders that exist.")
-    depth = {data.name: settings.output / "depth" / f"{data.name}.pt" for data in settings.data}
+    folders = scene_folders(settings.data)
+    names = [data.name for data in folders]
+    depth = {name: settings.output / "depth" / f"{name}.pt" for name in names}
     samples = {name: settings.output / "samples" / f"{name}.pt" for name in names}
     scenes = [
         WholeScene(data, depth[data.name], settings.max_views, settings.splat_steps, settings.size, settings.seed)
-        for data in settings.data
+        for data in folders
     ]
     logs = settings.output / "logs"
     _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,10 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nerfstudio_enhancer.evaluation.methods import MAIN_METHODS, METHODS
-from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results, scene_names
+from nerfstudio_enhancer.evaluation.results import Results, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import benchmark_tables
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
+from nerfstudio_enhancer.scene.folders import scene_folders
 from nerfstudio_enhancer.scene.splits import SplitRule
 
 TABLE_FILE = "table.md"
@@ -184,27 +186,24 @@ def plan_cells(benchmark: Benchmark) -> list[Cell]:
     unknown = [method for method in (*benchmark.methods, *benchmark.redo) if method not in METHODS]
     if unknown:
         raise ValueError(f"unknown methods {unknown}; there are {', '.join(METHODS)}.")
-    names = scene_names(benchmark.data)
-    for data in benchmark.data:
-        if not data.exists():
-            raise FileNotFoundError(f"there is no scene at {data}.")
-    for name, views in itertools.product(names, benchmark.views):
-        split_file = _protocol(benchmark).split_file(name, views)
+    scenes = scene_folders(benchmark.data)
+    for data, views in itertools.product(scenes, benchmark.views):
+        split_file = _protocol(benchmark).split_file(data.name, views)
         if split_file is not None and not split_file.is_file():
             raise FileNotFoundError(f"there is no list of views at {split_file}.")
     methods = [method for method in METHODS if method in benchmark.methods]
     return [
         Cell(data, views, seed, method)
-        for seed, views, data, method in itertools.product(benchmark.seeds, benchmark.views, benchmark.data, methods)
+        for seed, views, data, method in itertools.product(benchmark.seeds, benchmark.views, scenes, methods)
     ]
 
 
 def _refuse_other_data(cells: Sequence[Cell], results: Results) -> None:
     """Scenes are told apart by the names of their folders, within one command and from one to the next."""
-    where = {cell.scene: str(cell.data.absolute()) for cell in cells}
+    where = {cell.scene: str(cell.data) for cell in cells}
     for entry in results.cells:
         before, now = entry.get("data"), where.get(entry["scene"])
-        if before is not None and now is not None and before != now:
+        if before is not None and now is not None and os.path.abspath(before) != now:
             raise ValueError(
                 f"the results hold cells of a scene {entry['scene']!r} at {before}, which is now to be read from {now}. "
                 "Choose another `--output`, or rename one of the folders."
@@ -245,7 +244,7 @@ def _run(cells: Sequence[Cell], results: Results, settings: CellSettings, jobs: 
                 continue
             done += 1
             advance()
-            told = {"commit": commit, "jobs": workers, "threads": threads, "data": str(cell.data.absolute())}
+            told = {"commit": commit, "jobs": workers, "threads": threads, "data": str(cell.data)}
             _keep(cell, result, results, settings.output, told)
             left_min = (time.monotonic() - begin_s) / done * (len(cells) - done) / 60
             CONSOLE.print(f"[{done}/{len(cells)}] {_say(cell, result)}, about {left_min:.0f} min left", markup=False)
@@ -307,6 +306,7 @@ def _write_sheet(cell: Cell, results: Results, output: Path) -> None:
         if (entry["scene"], entry["views"], entry["seed"]) == cell.key[:3]
     }
     renders = {method: output / here[method]["renders"] for method in METHODS if method in here}
+    renders = {method: folder for method, folder in renders.items() if folder.is_dir()}  # others were deleted since
     if renders:
         write_comparison(renders, output / SHEETS_FOLDER / f"{cell.place.replace('/', '_')}.png")
 

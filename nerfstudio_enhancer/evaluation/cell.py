@@ -82,7 +82,7 @@ def train_first_stage(cell: Cell, settings: CellSettings) -> None:
     """
     config = _first_stage_config(cell, settings)
     marker = config.get_base_dir() / STAGE_FILE
-    made_of = {"data": str(cell.data.absolute()), **asdict(settings.scale), **settings.protocol.unusual}
+    made_of = {"data": str(cell.data), **asdict(settings.scale), **settings.protocol.unusual}
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")).get("made_of") == made_of:
         return
     trainer, wall_s = _train(config)
@@ -217,8 +217,24 @@ def _train(config: TrainerConfig) -> tuple[Trainer, float]:
     set_seed(config.machine.seed)
     trainer = config.setup(local_rank=0, world_size=1)
     trainer.setup()
+    _refuse_seen_test_views(trainer)
     trainer.train()
     return trainer, time.monotonic() - begin_s
+
+
+def _refuse_seen_test_views(trainer: Trainer) -> None:
+    """Refuse a cell in which nothing is held out: its figures would count as those of novel views.
+
+    Raises:
+        ValueError: test views are trained on.
+    """
+    datamanager = cast("EnhancerDataManager", trainer.pipeline.datamanager)
+    seen = set(datamanager.train_dataset.image_filenames) & set(datamanager.eval_dataset.image_filenames)
+    if seen:
+        raise ValueError(
+            f"a benchmark measures on photographs that are not trained on, but there are none beside the "
+            f"{len(datamanager.train_dataset)} references; ask for fewer `--views`, or leave this scene out."
+        )
 
 
 def _relative(path: Path, folder: Path) -> str:

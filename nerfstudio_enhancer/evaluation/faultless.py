@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Set
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,6 +15,7 @@ from nerfstudio_enhancer.depth_training.whole_splats import WholeScene, train_on
 from nerfstudio_enhancer.pairs.path_runs import World, read_whole_splats, store_whole_splats
 from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.scene.capture import read_capture
+from nerfstudio_enhancer.scene.sparse_views import PHOTOGRAPH_NAMES
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import Trainer
@@ -40,9 +41,9 @@ class FaultlessFrames:
         steps, size = round(STEPS_PER_STEP * _whole_length(trainer)), datamanager.config.max_image_size
         path = Path(trainer.base_dir).parent / SPLATS_FILE.format(steps=steps, size=size or "full")
         if not path.is_file():
-            photographs = (*datamanager.train_dataset.image_filenames, *datamanager.unused_views().image_filenames)
+            known = (datamanager.train_dataset.metadata, datamanager.unused_views().metadata)
             data = Path(cast(Path, trainer.config.data or datamanager.config.data))
-            names = names_in_capture(data, photographs)
+            names = names_in_capture(data, {name for metadata in known for name in metadata[PHOTOGRAPH_NAMES]})
             scene = WholeScene(data, path, len(names), steps, size, seed=0)
             with torch.random.fork_rng():  # the run goes on as if nothing had been trained beside it
                 store_whole_splats(train_on_all(scene, names), path)
@@ -57,11 +58,9 @@ class FaultlessFrames:
         return render_clip(self._whole.model, there.to(self._whole.model.device)).rgb
 
 
-def names_in_capture(data: Path, photographs: Sequence[Path]) -> tuple[str, ...]:
-    """The names by which a capture knows photographs, in its order."""
-    wanted = {path.as_posix() for path in photographs}
-    names = (frame.name for frame in read_capture(data).frames)
-    return tuple(name for name in names if any(path.endswith(f"/{name}") for path in wanted))
+def names_in_capture(data: Path, wanted: Set[str]) -> tuple[str, ...]:
+    """Names of photographs in the order of their capture."""
+    return tuple(frame.name for frame in read_capture(data).frames if frame.name in wanted)
 
 
 def _whole_length(trainer: Trainer) -> int:

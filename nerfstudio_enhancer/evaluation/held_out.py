@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -15,6 +14,7 @@ from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.leave_one_out import LEFT_OUT, TEST, Fold, write_split
 from nerfstudio_enhancer.evaluation.methods import datamanager_of, dataparser_of, fit_schedule, method_config, set_prior
 from nerfstudio_enhancer.evaluation.tables import FIGURES
+from nerfstudio_enhancer.scene.sparse_views import PHOTOGRAPH_NAMES
 from nerfstudio_enhancer.trainer import EnhancerTrainer
 
 
@@ -71,12 +71,12 @@ def _measure(trainer: Trainer, fold: Fold) -> dict[str, dict[str, float]]:
     """Means of the figures over the reference left out and over the test views; the generators stay as they are."""
     pipeline = trainer.pipeline
     datamanager = cast(Any, pipeline.datamanager)
-    paths = [Path(path).as_posix() for path in datamanager.eval_dataset.image_filenames]
+    names = datamanager.eval_dataset.metadata[PHOTOGRAPH_NAMES]
     found: dict[str, list[dict]] = {}
     random_state = torch.get_rng_state()
     pipeline.eval()
     for camera, batch in datamanager.fixed_indices_eval_dataloader:
-        group = LEFT_OUT if paths[int(batch["image_idx"])].endswith(f"/{fold.left_out}") else TEST
+        group = LEFT_OUT if names[int(batch["image_idx"])] == fold.left_out else TEST
         outputs = pipeline.model.get_outputs_for_camera(camera=camera)
         found.setdefault(group, []).append(pipeline.model.get_image_metrics_and_images(outputs, batch)[0])
     pipeline.train()

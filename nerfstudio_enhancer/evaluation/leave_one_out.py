@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from nerfstudio.utils.rich_utils import CONSOLE
 
-from nerfstudio_enhancer.evaluation.results import Results, cell_key, load_results, save_results, scene_names
+from nerfstudio_enhancer.evaluation.results import Results, cell_key, load_results, save_results
 from nerfstudio_enhancer.evaluation.tables import FIGURES, as_scores, text_table
 from nerfstudio_enhancer.jobs import Job, run_jobs, workers_and_threads
 from nerfstudio_enhancer.scene.capture import read_capture
+from nerfstudio_enhancer.scene.folders import scene_folders
 from nerfstudio_enhancer.scene.splits import MIN_REFERENCE_VIEWS, ViewSplit, split_views
 
 TABLE_FILE = "table.md"
@@ -145,11 +146,8 @@ def plan_folds(settings: LeaveOneOut) -> list[Fold]:
     for name in ("checks", "folds"):
         if getattr(settings, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(settings, name)}.")
-    scene_names(settings.data)
     folds = []
-    for data in settings.data:
-        if not data.exists():
-            raise FileNotFoundError(f"there is no scene at {data}.")
+    for data in scene_folders(settings.data):
         capture = read_capture(data)
         names = [frame.name for frame in capture.frames]
         for views in settings.views or (None,):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,18 +35,6 @@ class Results:
     def drop(self, keys: set[tuple[Any, ...]]) -> None:
         """Forget cells."""
         self.cells = [cell for cell in self.cells if cell_key(cell) not in keys]
-
-
-def scene_names(data: Sequence[Path]) -> list[str]:
-    """Names of the scenes' folders.
-
-    Raises:
-        ValueError: for no scene, or scenes of the same name.
-    """
-    names = [folder.name for folder in data]
-    if not names or len(set(names)) != len(names):
-        raise ValueError(f"`--data` takes one or more scenes, told apart by folder name; got {names}.")
-    return names
 
 
 def cell_key(cell: dict[str, Any]) -> tuple[Any, ...]:

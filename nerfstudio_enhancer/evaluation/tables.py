@@ -70,11 +70,19 @@ def _head(cells: Sequence[Cell], settings: dict[str, Any]) -> str:
     lines = [
         "# Benchmark\n",
         f"{len(cells)} cells; seeds {_list(seeds)}; commit {_list(commits)}; {told}.",
-        "Figures are nerfstudio's own evaluation of the checkpoint on the test views: every 8th of the views that are no references.\n",
+        f"Figures are nerfstudio's own evaluation of the checkpoint on the test views: {_test_views(settings)}.\n",
         *(f"* `{name}`: {METHODS[name].title}" for name in METHODS if any(cell["method"] == name for cell in cells)),
         "",
     ]
     return "\n".join(lines)
+
+
+def _test_views(settings: dict[str, Any]) -> str:
+    if "split_files" in settings:
+        return "those of the split files"
+    if settings.get("split_rule") == "test-first":
+        return "every 8th photograph"
+    return "every 8th of the views that are no references, or those of them that a capture lists as its own"
 
 
 def _figures(cells: Sequence[Cell], methods: Sequence[str]) -> str:

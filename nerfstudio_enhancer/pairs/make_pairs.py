@@ -16,6 +16,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nerfstudio_enhancer.jobs import Job, JobResult, run_jobs, workers_and_threads
+from nerfstudio_enhancer.scene.folders import scene_folders
 
 if TYPE_CHECKING:
     from diffusion_prior.data.pairs import RunKind
@@ -141,7 +142,7 @@ def plan_trainings(settings: MakePairs) -> list[SplatTraining]:
 
     _check(settings)
     by_scene = []
-    for data in settings.data:
+    for data in scene_folders(settings.data):
         count = len(read_capture(data).frames)
         fitting = [k for k in settings.views if 2 <= k <= (count + 1) // 2]
         plan = [_training(settings, data, k, seed) for k, seed in itertools.product(fitting, settings.seeds)]
@@ -175,11 +176,6 @@ def missing_kinds(training: SplatTraining, steps: int) -> list[RunKind]:
 
 
 def _check(settings: MakePairs) -> None:
-    if not settings.data:
-        raise ValueError("make-pairs needs at least one scene: give `--data SCENE...`.")
-    names = [data.name for data in settings.data]
-    if len(set(names)) != len(names):
-        raise ValueError(f"scenes are told apart by folder name, got {sorted(names)}; rename those that are alike.")
     if not settings.steps or min(settings.steps) < 1:
         raise ValueError(f"`--steps` are numbers of training steps of at least 1, got {settings.steps}.")
     for name in ("max_frames", "whole_steps", "whole_views"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
+
 # No -ffast-math and nothing else that lets a compiler assume away NaN and infinity: the kernels test for them.
 COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall"]
 RELEASE_FLAGS = ["-O3", "-g0"]
@@ -13,6 +16,18 @@ _X86_VARIANTS = {
     "avx2": ["-mavx2", "-mfma", "-mbmi", "-mbmi2"],
     "avx512": ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma", "-mbmi", "-mbmi2"],
 }
+
+
+COMPILERS = ("c++", "g++", "clang++")
+"""C++ compilers that are tried where the one of Python's own build is not on this machine."""
+
+
+def present(command: Sequence[str]) -> list[str]:
+    """A compiler's command line, by the first of `COMPILERS` that there is if its own program is missing."""
+    program, *arguments = command
+    if shutil.which(program) is None:
+        program = next(filter(shutil.which, COMPILERS), program)
+    return [program, *arguments]
 
 
 def variants(target: str) -> dict[str, list[str]]:

@@ -338,7 +338,7 @@ def _pad_backgrounds(backgrounds: Tensor | None, channels: int, with_color: bool
 def _warn_slow() -> None:
     warnings.warn(
         "The native rasteriser was not built (no C++17 compiler at installation) or does not load: rasterising with "
-        "PyTorch, 100 times slower and with gigabytes of memory for ten thousands of splats. Install a compiler (g++ or clang++) and reinstall nerfstudio-enhancer.",
+        "PyTorch, 100 times slower and with gigabytes of memory for ten thousands of splats. Install a compiler (g++ or clang++; `CXX` may name it) and reinstall nerfstudio-enhancer; `pip install -v` shows what the compiler says.",
         stacklevel=3,
     )
 

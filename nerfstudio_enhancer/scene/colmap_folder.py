@@ -4,6 +4,7 @@ import itertools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,21 +44,11 @@ def read_colmap_folder(data: Path) -> Capture:
         FileNotFoundError: there is no model, or no folder `images` or `images_N`.
         ValueError: a camera model that nerfstudio cannot undistort, or several models.
     """
-    from nerfstudio.data.utils.colmap_parsing_utils import (
-        read_cameras_binary,
-        read_cameras_text,
-        read_images_binary,
-        read_images_text,
-    )
-
     model = find_colmap_model(data)
     if model is None:
         raise FileNotFoundError(f"{data} has no COLMAP model in {', '.join(MODEL_FOLDERS)}.")
     try:
-        if _has_model(model, "bin"):
-            cameras, images = read_cameras_binary(model / "cameras.bin"), read_images_binary(model / "images.bin")
-        else:
-            cameras, images = read_cameras_text(model / "cameras.txt"), read_images_text(model / "images.txt")
+        cameras, images = _read_model(model)
     except Exception as error:  # nerfstudio's readers raise struct.error, IndexError, KeyError, ...
         raise ValueError(f"The COLMAP model in {model} cannot be read ({type(error).__name__}: {error}).") from error
 
@@ -79,6 +70,32 @@ def read_colmap_folder(data: Path) -> Capture:
     )
 
 
+def _read_model(model: Path) -> tuple[dict[int, Any], dict[int, Any]]:
+    """Cameras and images of a COLMAP model by their numbers, from its binary files where it has both kinds."""
+    from nerfstudio.data.utils import colmap_parsing_utils as colmap
+
+    if _has_model(model, "bin"):
+        return colmap.read_cameras_binary(model / "cameras.bin"), colmap.read_images_binary(model / "images.bin")
+    images = colmap.read_images_text(model / "images.txt")
+    names = _names_in_text(model / "images.txt")
+    return colmap.read_cameras_text(model / "cameras.txt"), {
+        number: image._replace(name=names[number]) for number, image in images.items()
+    }
+
+
+def _names_in_text(path: Path) -> dict[int, str]:
+    """Names of photographs by their numbers, whole: nerfstudio's reader ends them at the first space."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    names, at = {}, 0
+    while at < len(lines):
+        if lines[at] and not lines[at].startswith("#"):
+            entries = lines[at].split(maxsplit=9)
+            names[int(entries[0])] = entries[9]
+            at += 1  # behind it come its points, in a line that may be empty
+        at += 1
+    return names
+
+
 def read_observations(model: Path, names: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray, tuple[int, int]]]:
     """Which points of a COLMAP model the named photographs observe, and where; no other photograph is looked at.
 
@@ -86,17 +103,7 @@ def read_observations(model: Path, names: Iterable[str]) -> dict[str, tuple[np.n
         By name: [n, 2] pixel positions, [n] point ids and the (width, height) for which the positions hold.
         Names that the model does not know are left out.
     """
-    from nerfstudio.data.utils.colmap_parsing_utils import (
-        read_cameras_binary,
-        read_cameras_text,
-        read_images_binary,
-        read_images_text,
-    )
-
-    if _has_model(model, "bin"):
-        cameras, images = read_cameras_binary(model / "cameras.bin"), read_images_binary(model / "images.bin")
-    else:
-        cameras, images = read_cameras_text(model / "cameras.txt"), read_images_text(model / "images.txt")
+    cameras, images = _read_model(model)
     by_name = {image.name: image for image in images.values()}
     observations = {}
     for name in names:
@@ -187,7 +194,7 @@ def _named_splits(data: Path, photographs: Path) -> dict[str, list[str]]:
     """The lists train_list.txt, validation_list.txt and test_list.txt, as nerfstudio's ColmapDataParser reads them."""
     lists = {"train": "train_list.txt", "val": "validation_list.txt", "test": "test_list.txt"}
     return {
-        split: [line.strip() for line in (data / file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        split: [line.strip() for line in (data / file).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         for split, file in lists.items()
         if (data / file).exists()
     }

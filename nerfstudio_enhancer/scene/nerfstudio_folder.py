@@ -48,7 +48,7 @@ def _load(transforms_file: Path) -> dict[str, Any]:
     if not transforms_file.exists():
         raise FileNotFoundError(f"{transforms_file} does not exist. {WAY_OUT_UNPOSED}")
     try:
-        meta = json.loads(transforms_file.read_text(encoding="utf-8"))
+        meta = json.loads(transforms_file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise ValueError(f"{transforms_file} is no valid JSON: {error}. Copy it again, or make it anew.") from error
     if not isinstance(meta, dict) or not isinstance(meta.get("frames"), list):

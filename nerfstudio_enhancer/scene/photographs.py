@@ -175,9 +175,14 @@ def _checked_mask(frame: Frame, folder: Path, needs_pixels: bool) -> Path:
         raise FileNotFoundError(f"The mask {frame.mask} of {frame.name} does not exist.")
     raise ValueError(
         f"The mask {frame.mask} has another size than its photograph {frame.image}, which has "
-        f"{frame.width}x{frame.height} pixels (w x h)."
+        f"{frame.width}x{frame.height} pixels (w x h). Photographs of a folder such as images_2 need masks of their size in "
+        "masks_2; `sparse-views --image-folder images` reads the whole ones."
     )
 
 
 def _mask_candidates(mask: Path, folder: Path) -> list[Path]:
-    return [mask, *(folder / f"masks_{factor}" / mask.name for factor in (2, 4, 8, 16))]
+    """The mask itself, then its downscaled copies, in the same sub-folders or in none."""
+    masks = folder / "masks"
+    nested = [mask.relative_to(masks)] if mask.is_relative_to(masks) else []
+    places = [*nested, Path(mask.name)]
+    return [mask, *(folder / f"masks_{factor}" / place for place in places for factor in (2, 4, 8, 16))]

@@ -19,6 +19,8 @@ from nerfstudio_enhancer.scene.photograph_folder import with_photographs_from
 from nerfstudio_enhancer.scene.photographs import checked_photographs, read_rgb_and_usable
 from nerfstudio_enhancer.scene.splits import SplitRule, ViewSplit, split_views
 
+PHOTOGRAPH_NAMES = "photograph_names"
+"""Metadata: the names by which the capture knows the photographs of a split, in its order, wherever they are read from."""
 STEREO_DEPTH = "stereo_depth"
 """Key of the train split's metadata under which the references' stereo depth lies, a tuple that may be empty."""
 
@@ -46,7 +48,8 @@ class SparseViewsDataParserConfig(DataParserConfig):
     reference_views: tuple[str, ...] | None = None
     """Names of the reference photographs, instead of `num_views`."""
     test_every: int = 8
-    """Every how many of the other photographs one is a test view; the others stay unused."""
+    """Every how many of the other photographs one is a test view; the others stay unused. With a number or names of
+    references 1 makes all the others test views, whatever the capture lists."""
     split_rule: SplitRule = "references-first"
     """references-first: references are chosen, then test views among the rest (3DGS-Enhancer). test-first: every
     `test_every`-th photograph is a test view, references are chosen among the others (Mip-NeRF 360, ReconFusion)."""
@@ -54,7 +57,7 @@ class SparseViewsDataParserConfig(DataParserConfig):
     """JSON file that names references and test views, such as ReconFusion's published `train_test_split_9.json`."""
     image_folder: str | None = None
     """Folder of photographs inside the capture, such as `images_4`; by default the one that the capture names, or its
-    largest downscaled copies where those photographs are missing (DL3DV)."""
+    largest downscaled copies where those photographs are missing (DL3DV) or, as in nerfstudio, longer than 1,600 pixels."""
     seed_points: SeedSource = "auto"
     """Where the first splats lie. sfm: points of the capture's COLMAP model that reference views observe, placed anew
     from these observations. triangulated: SIFT points matched between the reference photographs. stereo: these, and
@@ -126,7 +129,7 @@ class SparseViewsDataParser(DataParser):
         check_distortion(frames, camera_type)
         cameras = _cameras(frames, normalisation, camera_type, capture)
         masks = _mask_filenames(frames)
-        metadata: dict[str, Any] = {}
+        metadata: dict[str, Any] = {PHOTOGRAPH_NAMES: [frame.name for frame in frames]}
         if split == "train" and not self._only_looks and self.config.seed_points != "none":
             metadata.update(self._seed_points(capture, frames, cameras, normalisation))
         return DataparserOutputs(

@@ -11,6 +11,7 @@ import numpy as np
 from nerfstudio_enhancer.scene.capture import Capture
 
 MIN_REFERENCE_VIEWS = 2
+NAMED_REFERENCES = "`reference_views`"
 
 SplitRule = Literal["references-first", "test-first"]
 """references-first: k references spread evenly over the capture, test views are every 8th of the rest (3DGS-Enhancer,
@@ -43,10 +44,11 @@ def split_views(
     `num_views`: k references spread evenly over the capture order, at round(linspace(0, n - 1, k)) (halves to even);
     test views are every `test_every`-th of the rest, from its first on, all others are unused. `reference_views`: the
     same with references given by name. A capture that lists its own training and test photographs keeps its test
-    views: k references are then spread over its training photographs. With neither argument every training
+    views, unless `test_every` is 1, which takes all the rest: k references are then spread over its training photographs. With neither argument every training
     photograph is a reference: the capture's own list, or all but every `test_every`-th photograph.
 
-    `rule` says which of the two groups is chosen first. `split_file` names both groups, see `read_split_file`.
+    `rule` says which of the two groups is chosen first; with "test-first" the capture's own lists do not count where there
+    are `num_views` or `reference_views`. `split_file` names both groups, see `read_split_file`.
 
     Raises:
         ValueError: fewer than two references, more than there are photographs, or an unknown name.
@@ -57,16 +59,17 @@ def split_views(
                 "A `split_file` names the references itself: pass neither `num_views` nor `reference_views`."
             )
         return read_split_file(split_file, capture)
-    if rule == "test-first" and num_views is not None:
-        return _test_first(len(capture.frames), num_views, test_every)
-    if test_every < 1:
-        raise ValueError(f"`test_every` must be at least 1, got {test_every}.")
     if num_views is not None and reference_views is not None:
         raise ValueError("Pass either `num_views` or `reference_views`, not both.")
     names = [frame.name for frame in capture.frames]
+    sparse = num_views is not None or reference_views is not None
+    if rule == "test-first" and sparse:
+        return _test_first(names, num_views, reference_views, test_every)
+    if test_every < 1:
+        raise ValueError(f"`test_every` must be at least 1, got {test_every}.")
     listed_train, listed_test = _listed(capture, names)
     if reference_views is not None:
-        reference = _indices(reference_views, names, "`reference_views`")
+        reference = _indices(reference_views, names, NAMED_REFERENCES)
     elif num_views is not None:
         pool = list(range(len(names))) if listed_train is None else listed_train
         reference = _spread_evenly(pool, num_views)
@@ -76,8 +79,7 @@ def split_views(
         reference = [index for index in range(len(names)) if index % test_every != 0]
     _require_two(reference, len(names))
     rest = [index for index in range(len(names)) if index not in set(reference)]
-    sparse = num_views is not None or reference_views is not None
-    if listed_test is not None:
+    if listed_test is not None and not (sparse and test_every == 1):
         test = [index for index in listed_test if index in set(rest)]
     else:
         test = rest[::test_every] if sparse or listed_train is not None else rest
@@ -99,7 +101,7 @@ def read_split_file(path: Path, capture: Capture) -> ViewSplit:
     if not path.is_file():
         raise FileNotFoundError(f"The split file {path} does not exist.")
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
         train, test = (_members(entries, group, capture) for group in ("train", "test"))
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
@@ -131,12 +133,23 @@ def _members(entries: dict[str, Any], group: str, capture: Capture) -> list[int]
     return sorted(members)
 
 
-def _test_first(count: int, num_views: int, test_every: int) -> ViewSplit:
+def _test_first(
+    names: list[str], num_views: int | None, reference_views: Sequence[str] | None, test_every: int
+) -> ViewSplit:
     if test_every < 2:
         raise ValueError(f"`test_every` must be at least 2 where test views are chosen first, got {test_every}.")
-    test = list(range(0, count, test_every))
-    pool = [index for index in range(count) if index % test_every]
-    reference = _spread_evenly(pool, num_views)
+    test = list(range(0, len(names), test_every))
+    pool = [index for index in range(len(names)) if index % test_every]
+    if num_views is not None:
+        reference = _spread_evenly(pool, num_views)
+    else:
+        reference = _indices(reference_views or (), names, NAMED_REFERENCES)
+        if held_out := [names[index] for index in reference if index not in pool]:
+            raise ValueError(
+                f"Where test views are chosen first, `reference_views` must not be among them, every {test_every}th photograph "
+                f"from the first on; got {', '.join(held_out)}. Name others, or leave out `--split-rule test-first`."
+            )
+        _require_two(reference, len(names))
     unused = [index for index in pool if index not in set(reference)]
     return ViewSplit(tuple(reference), tuple(test), tuple(unused))
 

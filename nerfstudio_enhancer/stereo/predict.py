@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from diffusion_prior.files import whole_file
+from diffusion_prior.files import save_file, whole_file
 from nerfstudio_enhancer.stereo.config import SweepConfig
 from nerfstudio_enhancer.stereo.depth_network import UNKNOWN_COST, DepthNetwork, DepthNetworkConfig
 from nerfstudio_enhancer.stereo.sweep import matching_cost, pixel_grid
@@ -141,8 +141,6 @@ def load_network(path: Path) -> DepthNetwork:
 
 def save_network(network: DepthNetwork, path: Path) -> None:
     """Write weights as they are bundled: float16, with their sizes."""
-    from safetensors.torch import save_file
-
     weights = {name: value.half().contiguous() for name, value in network.state_dict().items()}
     with whole_file(path) as partial:
         save_file(weights, partial, metadata={"config": network.config.to_text()})

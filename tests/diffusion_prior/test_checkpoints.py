@@ -81,6 +81,11 @@ def test_saving_in_half_precision_halves_the_files_and_leaves_the_prior_as_it_wa
     assert load_prior(str(tmp_path / "half"), "cpu", torch.float32).unet.dtype == torch.float32
 
 
+def test_a_file_that_cannot_be_written_is_an_error_of_the_operating_system(tmp_path):
+    with pytest.raises(OSError, match=r"nowhere/file.safetensors: .*No such file"):
+        checkpoints.save_file({"a": torch.ones(1)}, tmp_path / "nowhere/file.safetensors")
+
+
 def test_a_failed_save_leaves_the_old_folder_and_no_debris(folder, monkeypatch):
     before = load_file(folder / "unet" / WEIGHTS)
 
@@ -382,8 +387,32 @@ def test_the_hub_is_asked_for_half_precision_first_and_for_whole_files_of_what_h
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
     assert load_prior("owner/prior", "cpu").config.patch_size == 2
-    assert asked[0] == {"*.json", "*/*.json", "*/*.fp16.safetensors"}
+    assert asked[0] == {"*.json", "*/*.json", "*/*.fp16.safetensors", "diffusion_pytorch_model*.fp16.safetensors"}
     assert asked[1] == {f"{part}/*.safetensors" for part in parts}
+
+
+@pytest.mark.parametrize("variant", ["", ".fp16"])
+def test_a_hub_repository_of_a_unet_alone_is_fetched_whole_and_nothing_else(tmp_path, monkeypatch, variant):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    remote, cache, base = tmp_path / "remote", tmp_path / "cache", tmp_path / "base"
+    write_svd_folder(base)
+    tiny_unet().save_pretrained(remote)
+    (remote / WEIGHTS).rename(remote / f"diffusion_pytorch_model{variant}.safetensors")
+    (remote / "svd_xt.safetensors").write_bytes(b"the same once more, in another layout")
+    cache.mkdir()
+
+    def hub(repository, allow_patterns):
+        names = [path.relative_to(remote).as_posix() for path in remote.rglob("*") if path.is_file()]
+        for name in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(remote / name, cache / name)
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", hub)
+    folders = checkpoints.resolve(f"someone/unet@{base}")
+    assert (folders.folder, folders.unet) == (base, cache)
+    assert {path.name for path in cache.iterdir()} == {"config.json", f"diffusion_pytorch_model{variant}.safetensors"}
 
 
 def test_attention_heads_are_those_of_the_config_even_where_they_are_odd(tmp_path, caplog):

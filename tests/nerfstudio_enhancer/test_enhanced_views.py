@@ -3,13 +3,18 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.testing import assert_close
 
+from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.enhanced_views import META_FILE, SHOWN_ALPHA, VIEWS_FILE, EnhancedViews, EnhancedViewStore
 from nerfstudio_enhancer.random_state import step_generator
+from nerfstudio_enhancer.rounds import take_up_schedule
 
 
 def clip(count: int = 2, value: float = 0.5, height: int = 4, width: int = 6) -> EnhancedViews:
@@ -116,9 +121,9 @@ def test_a_save_that_fails_leaves_the_older_round_and_no_litter(tmp_path: Path, 
     store.save_round(tmp_path, step=20, settings={})
 
     def full_disk(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr("nerfstudio_enhancer.enhanced_views.save_file", full_disk)
+    monkeypatch.setattr("safetensors.torch.save_file", full_disk)
     store.add(20, [clip(2, 0.9)])
     with pytest.raises(OSError, match="No space left"):
         store.save_round(tmp_path, step=20, settings={})
@@ -191,3 +196,19 @@ def test_an_empty_store_cannot_be_drawn_from() -> None:
 def test_a_round_without_views_is_refused() -> None:
     with pytest.raises(ValueError, match="made no view"):
         EnhancedViewStore().add(0, [])
+
+
+@pytest.mark.parametrize(("begin", "schedule"), [(1200, (1000, 500)), (1700, (1000, 500)), (900, (None, None))])
+def test_a_resumed_run_keeps_the_schedule_that_its_newest_round_was_made_by(tmp_path: Path, begin, schedule) -> None:
+    store = EnhancedViewStore()
+    for step in (1000, 1500):
+        store.add(step, [clip(2, 0.3)])
+        store.save_round(tmp_path / "run/enhanced_views", step, settings={"start": 1000, "every": 500})
+    options = SimpleNamespace(load_dir=tmp_path / "run/nerfstudio_models", load_checkpoint=None)
+    trainer: Any = SimpleNamespace(base_dir=tmp_path / "resumed", config=options)
+    config = EnhanceConfig()
+    take_up_schedule(config, trainer, begin)
+    assert (config.start, config.every) == schedule
+    asked = EnhanceConfig(start=300, every=20)
+    take_up_schedule(asked, trainer, begin)
+    assert (asked.start, asked.every) == (300, 20)

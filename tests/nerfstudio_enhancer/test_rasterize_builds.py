@@ -44,6 +44,16 @@ def test_only_x86_64_gets_flags_and_macros_of_x86_64(target, names):
         assert ("NSE_TABLE", f"nse_kernels_{name}") in compile_flags.variant_defines(name, target)
 
 
+def test_another_compiler_stands_in_for_one_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    missing = ["clang++", "-pthread", "-Wall"]
+    assert compile_flags.present(missing) == missing  # whose error names it
+    for name in ("g++", "gcc"):
+        (tmp_path / name).touch(mode=0o755)
+    assert compile_flags.present(missing) == ["g++", "-pthread", "-Wall"]
+    assert compile_flags.present(["gcc", "-O2"]) == ["gcc", "-O2"]
+
+
 def test_no_flag_lets_a_compiler_assume_that_numbers_are_finite():
     flags = [*compile_flags.COMMON_FLAGS, *compile_flags.RELEASE_FLAGS, *compile_flags.KERNEL_FLAGS]
     assert not {"-ffast-math", "-Ofast", "-ffinite-math-only", "-march=native"} & set(flags)
@@ -193,7 +203,13 @@ def test_a_wheel_brings_the_kernels_to_where_no_compiler_is(sources, tmp_path):
 
 @NEEDS_SETUPTOOLS
 def test_without_a_compiler_the_build_warns_and_goes_on(sources):
-    environment = {**os.environ, "CC": "/nonexistent/cc", "CXX": "/nonexistent/c++"}
+    (sources / "no_programs").mkdir()
+    environment = {
+        **os.environ,
+        "CC": "/nonexistent/cc",
+        "CXX": "/nonexistent/c++",
+        "PATH": str(sources / "no_programs"),
+    }
     result = subprocess.run(
         [sys.executable, "setup.py", "build_ext", "--inplace"],
         cwd=sources,

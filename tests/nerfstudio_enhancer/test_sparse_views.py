@@ -18,7 +18,7 @@ from scenes import TinyScene, surface_points, write_colmap_folder, write_nerfstu
 
 from nerfstudio_enhancer.initial_splats import SeedPointsConfig
 from nerfstudio_enhancer.scene.capture import Capture, Frame, natural_key, read_capture
-from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
+from nerfstudio_enhancer.scene.sparse_views import PHOTOGRAPH_NAMES, SparseViewsDataParserConfig
 from nerfstudio_enhancer.scene.splits import split_views
 
 WriteFolder = Callable[..., Path]
@@ -262,6 +262,48 @@ def test_copies_of_half_the_size_are_preferred_above_1600_pixels(nerfstudio_fold
     outputs = parse(folder)
     assert all(path.parent.name == "images_2" for path in outputs.image_filenames)
     assert outputs.cameras.height.flatten().tolist() == [750, 750, 750]
+    # by which a measurement tells them apart
+    assert outputs.metadata[PHOTOGRAPH_NAMES] == [f"images/{path.name}" for path in outputs.image_filenames]
+
+
+def test_downscaled_masks_are_found_in_the_sub_folders_of_their_photographs(colmap_folder: WriteFolder) -> None:
+    folder = colmap_folder(binary=False)
+    model = folder / "sparse/0"
+    (model / "images.txt").write_text((model / "images.txt").read_text().replace(" view_", " cam0/view_"))
+    (folder / "images").rename(folder / "cam0")
+    (folder / "images").mkdir()
+    (folder / "cam0").rename(folder / "images/cam0")
+    for size, suffix in (((64, 48), ""), ((32, 24), "_2")):
+        for kind in ("images", "masks"):
+            (folder / f"{kind}{suffix}/cam0").mkdir(parents=True, exist_ok=True)
+        for path in (folder / "images/cam0").iterdir():
+            Image.new("L", size, 255).save(folder / f"masks{suffix}/cam0" / path.name)
+            with Image.open(path) as image:
+                image.resize(size).save(folder / f"images{suffix}/cam0" / path.name)
+    shutil.rmtree(folder / "images")  # so that the copies are read
+    outputs = parse(folder)
+    assert {path.parent for path in outputs.image_filenames} == {folder / "images_2/cam0"}
+    assert {path.parent for path in outputs.mask_filenames or ()} == {folder / "masks_2/cam0"}
+    shutil.rmtree(folder / "masks_2")
+    with pytest.raises(ValueError, match=r"need masks of their size in masks_2; .*--image-folder images"):
+        parse(folder)
+
+
+def test_names_with_spaces_are_read_whole_from_a_text_model(colmap_folder: WriteFolder) -> None:
+    folder = colmap_folder(binary=False)
+    text = (folder / "sparse/0/images.txt").read_text()
+    (folder / "sparse/0/images.txt").write_text(text.replace(" view_", " a view_"))
+    for path in list((folder / "images").iterdir()):
+        path.rename(path.with_name(f"a {path.name}"))
+    outputs = parse(folder, seed_points="sfm")
+    assert all(path.name.startswith("a view_") for path in outputs.image_filenames)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(nerfstudio_folder: WriteFolder) -> None:
+    folder = nerfstudio_folder()
+    path = folder / "transforms.json"
+    path.write_text(path.read_text(), encoding="utf-8-sig")
+    assert len(parse(folder).image_filenames) == 3
 
 
 def test_fisheye_cameras_stay_fisheye(nerfstudio_folder: WriteFolder) -> None:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,6 +32,25 @@ def test_the_mip_nerf_360_rule_holds_out_every_eighth_photograph_first():
     # the other 17 are 1..7, 9..15, 17, 18, 19: their 1st, 9th and 17th
     assert split.reference == (1, 10, 19)
     assert sorted(split.reference + split.test + split.unused) == list(range(20))
+
+
+def test_named_references_keep_the_mip_nerf_360_test_views_and_may_not_be_among_them():
+    split = split_views(numbered(20), None, ("frame_00001", "frame_00010"), 8, "test-first")
+    assert (split.reference, split.test) == ((1, 10), (0, 8, 16))
+    with pytest.raises(ValueError, match=r"every 8th photograph from the first on; got images/frame_00008.png"):
+        split_views(numbered(20), None, ("frame_00001", "frame_00008"), 8, "test-first")
+
+
+@pytest.mark.parametrize("rule", ["references-first", "test-first"])
+def test_references_are_chosen_by_number_or_by_name_not_by_both(rule):
+    with pytest.raises(ValueError, match="either `num_views` or `reference_views`, not both"):
+        split_views(numbered(20), 3, ("frame_00001", "frame_00010"), 8, rule)
+
+
+def test_all_the_rest_may_be_test_views_whatever_the_capture_lists():
+    capture = dataclasses.replace(numbered(6), named_splits={"test": ["frame_00005"]})
+    assert split_views(capture, None, ("frame_00000", "frame_00002"), 8).test == (5,)
+    assert split_views(capture, None, ("frame_00000", "frame_00002"), 1).test == (1, 3, 4, 5)
 
 
 @pytest.mark.parametrize("count", [9, 24, 185])

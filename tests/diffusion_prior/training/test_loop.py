@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from diffusion_prior.data.clips import ClipConfig, ClipDataset, find_gaps, to_float
@@ -103,6 +104,22 @@ def test_a_killed_training_goes_on_with_the_losses_it_would_have_had(pairs, tmp_
                 assert attempt["learning_rate"] == line["learning_rate"]
 
 
+def test_tensorboard_shows_every_step_once_although_the_training_was_killed(pairs, tmp_path):
+    config = settings(pairs, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(ColourTask(pairs, wall_at=6), config)
+    lines = run(ColourTask(pairs), config)
+    losses = {line["step"]: line["loss"] for line in lines if "loss" in line}
+    board = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "images": 0}).Reload()
+    shown = board.Scalars("training/loss")
+    assert [event.step for event in shown] == list(range(1, 13))
+    assert [event.value for event in shown] == pytest.approx(list(losses.values()), rel=1e-5)
+    gains = {line["step"]: line["gain"] for line in lines if "gain" in line}
+    assert {event.step: event.value for event in board.Scalars("validation/gain")} == pytest.approx(gains, rel=1e-5)
+    (sheets,) = [board.Images(tag) for tag in board.Tags()["images"]]
+    assert [(event.step, event.width, event.height) for event in sheets][:2] == [(6, 4, 4), (12, 4, 4)]
+
+
 def test_a_figure_is_averaged_over_the_batches_that_tell_it():
     told = [{"loss": 1.0, "gate": 4.0}, {"loss": 2.0}, {"loss": 6.0, "gate": 2.0}]
     assert loop._mean_of_told(told) == {"loss": 3.0, "gate": 3.0}
@@ -194,8 +211,31 @@ def test_gradients_that_are_not_finite_are_skipped_and_end_the_training_if_they_
     assert torch.equal(task.losses.gain.detach(), torch.ones(3, 1, 1))
 
 
+def test_a_second_player_s_finite_gradients_do_not_hide_that_the_first_one_s_never_are(pairs, tmp_path):
+    class Broken(ColourGain):
+        def __init__(self):
+            super().__init__()
+            self.networks = nn.ModuleDict({"first": nn.Linear(1, 1, bias=False), "second": nn.Linear(1, 1)})
+
+        @property
+        def players(self):
+            return dict(self.networks.items())
+
+        def forward(self, batch, generator, progress, player):
+            return {"loss": self.networks[player].weight.sum() * (float("inf") if player == "first" else 1.0)}
+
+    task = ColourTask(pairs)
+    task.losses = Broken()
+    with pytest.raises(FloatingPointError, match=r"20 steps in a row \(step 19\)"):
+        run(task, settings(pairs, tmp_path, steps=30, validate_every=100))
+
+
+@pytest.mark.parametrize("name", ["steps", "log_every", "validate_every", "save_every", "validation_clips"])
+def test_settings_that_count_start_at_one(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        TrainingConfig(pairs=tmp_path, output=tmp_path, **{name: 0})
+
+
 def test_settings_that_cannot_work_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="steps must be at least 1"):
-        TrainingConfig(pairs=tmp_path, output=tmp_path, steps=0)
     with pytest.raises(ValueError, match="must not be negative"):
         TrainingConfig(pairs=tmp_path, output=tmp_path, max_minutes=-1.0)

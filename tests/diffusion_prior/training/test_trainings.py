@@ -116,6 +116,19 @@ def test_std_training_with_a_discriminator_trains_both(pairs, tiny_prior, before
     assert changed_parts(before, load_prior(str(tmp_path / "prior"), "cpu", torch.float16)) == {"std"}
 
 
+def test_a_decoder_s_new_layers_and_its_discriminator_follow_from_the_seed(pairs, tiny_prior, tmp_path):
+    def losses(output, seed: int) -> list[float]:
+        changes = {"seed": seed, "context_widths": (8, 8), "adversarial_weight": 0.1, "adversarial_start": 0.0}
+        train_std.run(settings(StdConfig, pairs, tiny_prior, tmp_path / output, steps=2, **changes))
+        return [line["std/loss"] for line in log(tmp_path / output) if "std/loss" in line]
+
+    torch.manual_seed(1)
+    first = losses("first", seed=3)
+    torch.manual_seed(2)
+    assert losses("again", seed=3) == first
+    assert losses("other", seed=4) != first
+
+
 def test_std_learns_to_brighten_renders(pairs, tiny_prior, tmp_path):
     config = settings(StdConfig, pairs, tiny_prior, tmp_path, steps=60, learning_rate=5e-3, lpips_weight=0.0)
     train_std.run(config)

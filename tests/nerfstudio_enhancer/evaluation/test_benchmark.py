@@ -1,4 +1,5 @@
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,24 @@ def test_a_scene_of_the_same_name_from_elsewhere_is_refused(scene, machine, tmp_
         ValueError, match=r"scene 'garden' at .*garden, which is now to be read from .*elsewhere/garden"
     ):
         run_benchmark(Benchmark((other,), tmp_path / "out", views=(6,), methods=("splatfacto",)))
+
+
+def test_one_scene_may_be_spelled_in_several_ways_and_named_by_the_folder_one_is_in(
+    scene, machine, tmp_path, monkeypatch
+):
+    first = run_benchmark(Benchmark((scene,), tmp_path / "out", views=(3,), methods=("splatfacto",)))
+    monkeypatch.chdir(scene)
+    for spelling in (Path(), scene / "sub" / ".."):
+        again = run_benchmark(Benchmark((spelling,), tmp_path / "out", views=(3,), methods=("splatfacto",)))
+        assert again.cells == first.cells
+
+
+def test_renders_that_were_deleted_are_left_out_of_the_sheet(scene, machine, tmp_path):
+    run_benchmark(Benchmark((scene,), tmp_path / "out", views=(3,), methods=("splatfacto",)))
+    shutil.rmtree(tmp_path / "out/runs")
+    run_benchmark(Benchmark((scene,), tmp_path / "out", views=(3,), methods=("splatfacto", "geometry")))
+    with Image.open(tmp_path / "out/sheets/garden_k03_s0.png") as sheet:
+        assert sheet.width == 2 * 10  # the photograph and one method
 
 
 def test_other_settings_are_refused_before_any_cell_is_done(scene, machine, tmp_path):
