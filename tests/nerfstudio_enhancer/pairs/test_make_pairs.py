@@ -97,7 +97,7 @@ def test_bad_commands_are_refused(scenes, tmp_path):
         make_pairs(MakePairs(tmp_path / "out", scenes, views=(50,)))
     with pytest.raises(ValueError, match=r"at least 1, got \(0,\)"):
         make_pairs(MakePairs(tmp_path / "out", scenes, steps=(0,)))
-    with pytest.raises(FileNotFoundError, match="does not exist"):
+    with pytest.raises(FileNotFoundError, match="there is no scene at"):
         make_pairs(MakePairs(tmp_path / "out", (tmp_path / "nowhere",)))
     with pytest.raises(FileNotFoundError, match="no paired data below"):
         make_pairs(MakePairs(tmp_path / "out", verify=True))
