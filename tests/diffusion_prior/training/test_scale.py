@@ -328,7 +328,7 @@ def test_the_launch_configurations_that_are_shipped_are_accelerates():
 
 def test_accelerates_own_fsdp_is_refused_with_the_way_out(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match=r"--scale\.sharding True"):
+    with pytest.raises(ValueError, match=r"--scale\.sharding`"):
         make_accelerator(TrainingConfig(pairs=tmp_path, output=tmp_path))
 
 

@@ -118,7 +118,7 @@ def test_std_training_with_a_discriminator_trains_both(pairs, tiny_prior, before
 
 def test_a_decoder_s_new_layers_and_its_discriminator_follow_from_the_seed(pairs, tiny_prior, tmp_path):
     def losses(output, seed: int) -> list[float]:
-        changes = {"seed": seed, "context_widths": (8, 8), "adversarial_weight": 0.1, "adversarial_start": 0.0}
+        changes = {"seed": seed, "context_widths": (32, 32), "adversarial_weight": 0.1, "adversarial_start": 0.0}
         train_std.run(settings(StdConfig, pairs, tiny_prior, tmp_path / output, steps=2, **changes))
         return [line["std/loss"] for line in log(tmp_path / output) if "std/loss" in line]
 
