@@ -2,7 +2,8 @@
 
 One shared library holds the kernels three times (AVX-512, AVX2, baseline) and chooses at run time, so a wheel works on
 every x86-64 machine; other architectures get the portable variant. It needs a C++17 compiler and nothing else: no torch
-headers, no Python API: the one that Python itself was built with, or else c++, g++ or clang++. Without a compiler the installation succeeds with a warning and the slow torch reference is used.
+headers, no Python API: the one that Python itself was built with, or else c++, g++ or clang++. Without a compiler the
+installation succeeds with a warning and the slow torch reference is used.
 A cross build names its platform in `_PYTHON_HOST_PLATFORM` (linux-aarch64), as those of CPython do.
 """
 

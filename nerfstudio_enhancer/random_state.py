@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 import torch
 
+from diffusion_prior.seeded import seeded
+
 
 def step_generator(seed: int, step: int, purpose: str) -> torch.Generator:
     """A CPU generator for one purpose at one step.
@@ -30,8 +32,7 @@ def step_seed(seed: int, step: int, purpose: str, device: torch.device | str) ->
         purpose: what is drawn; different purposes give independent numbers.
         device: whose generator is drawn from, beside the CPU's.
     """
-    with torch.random.fork_rng(devices=[device] if torch.device(device).type == "cuda" else []):
-        torch.manual_seed(_number(seed, step, purpose))
+    with seeded(_number(seed, step, purpose), device):
         yield
 
 

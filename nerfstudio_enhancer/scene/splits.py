@@ -44,8 +44,9 @@ def split_views(
     `num_views`: k references spread evenly over the capture order, at round(linspace(0, n - 1, k)) (halves to even);
     test views are every `test_every`-th of the rest, from its first on, all others are unused. `reference_views`: the
     same with references given by name. A capture that lists its own training and test photographs keeps its test
-    views, unless `test_every` is 1, which takes all the rest: k references are then spread over its training photographs. With neither argument every training
-    photograph is a reference: the capture's own list, or all but every `test_every`-th photograph.
+    views, unless `test_every` is 1, which takes all the rest: k references are then spread over its training
+    photographs. With neither argument every training photograph is a reference: the capture's own list, or all but
+    every `test_every`-th photograph.
 
     `rule` says which of the two groups is chosen first; with "test-first" the capture's own lists do not count where there
     are `num_views` or `reference_views`. `split_file` names both groups, see `read_split_file`.
