@@ -9,6 +9,7 @@ from nerfstudio.plugins.types import MethodSpecification
 
 ON_GPU = torch.cuda.is_available()
 STEPS = 30000 if ON_GPU else 3000
+FEW_VIEWS_STEPS = 3000 if ON_GPU else 1500
 SVD_PATHS = 12
 """Paths of a round at full size: a ring through the paper's largest number of references."""
 
@@ -66,7 +67,8 @@ def _specification(method_name: str, description: str, **enhance: Any) -> Method
             steps_per_eval_batch=0,
             steps_per_save=2000 if ON_GPU else 1000,
             steps_per_eval_all_images=STEPS,
-            max_num_iterations=STEPS,
+            schedule_iterations=STEPS,
+            few_views_iterations=FEW_VIEWS_STEPS,
             mixed_precision=False,
             machine=MachineConfig(device_type="cuda" if ON_GPU else "cpu"),
             logging=LoggingConfig(steps_per_log=10 if ON_GPU else 50),

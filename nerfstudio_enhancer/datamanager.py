@@ -40,6 +40,12 @@ class EnhancerDataManager(FullImageDatamanager[InputDataset]):
         test_mode: Literal["test", "val", "inference"] = "val",
         **kwargs,
     ) -> None:
+        if config.train_cameras_sampling_strategy != "random":
+            raise ValueError(
+                "`--pipeline.datamanager.train-cameras-sampling-strategy` must be random, got "
+                f"{config.train_cameras_sampling_strategy}: which photograph a step takes follows from seed and step alone, so "
+                "that a resumed run takes the same."
+            )
         self._held_out: DataparserOutputs | None = None
         if isinstance(config.dataparser, SparseViewsDataParserConfig):
             if test_mode == "test":

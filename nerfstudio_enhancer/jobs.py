@@ -195,14 +195,17 @@ def call(job: Job, threads: int) -> tuple[Any, str | None, float]:
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(threads)
     value, error = None, None
-    with _output_to(job.log):
-        try:
-            value = job.function(*job.arguments)
-        except KeyboardInterrupt:
-            error = "interrupted"
-        except BaseException as exception:
-            traceback.print_exc()
-            error = f"{type(exception).__name__}: {exception}{_see(job.log)}"
+    try:
+        with _output_to(job.log):
+            try:
+                value = job.function(*job.arguments)
+            except KeyboardInterrupt:
+                error = "interrupted"
+            except BaseException as exception:
+                traceback.print_exc()
+                error = f"{type(exception).__name__}: {exception}{_see(job.log)}"
+    except OSError as exception:
+        error = f"its log {job.log} cannot be written ({exception}); free some space or check the permissions."
     return value, error, peak_rss_mb()
 
 

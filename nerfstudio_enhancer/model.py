@@ -278,6 +278,20 @@ class EnhancerModel(SplatfactoModel):
         if lost > 0:
             decay_opacities(self.gauss_params["opacities"], 1 - lost)
 
+    @torch.no_grad()
+    def learnt_cameras(self, references: Cameras) -> Cameras:
+        """The reference cameras [k] at the poses that the camera optimiser has learnt; as they are where it is off."""
+        if self.config.camera_optimizer.mode == "off":
+            return references
+        learnt = references[:]
+        poses = []
+        for index in range(len(references)):
+            camera = references[index : index + 1].to(self.device)
+            camera.metadata = {"cam_idx": index}
+            poses.append(self.camera_optimizer.apply_to_camera(camera))
+        learnt.camera_to_worlds = torch.cat(poses).to(references.camera_to_worlds)
+        return learnt
+
     def set_reference_mean(self, colour: Tensor) -> None:
         """Mean colour of the reference photographs, sRGB in [0, 1]; kept in the checkpoint."""
         self.reference_mean.copy_(colour.to(self.reference_mean))

@@ -7,6 +7,7 @@ lose their detail; a render that is repaired itself keeps it, but no longer agre
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +48,7 @@ class RenderRepair:
         """What a camera (shape [1]) sees, repaired; sRGB in [0, 1]. The same splats and camera give the same picture."""
         if self._references is None:
             self._references = self._read()
-        references = self._references
+        references = replace(self._references, cameras=model.learnt_cameras(self._references.cameras))
         nearest = nearest_references(camera, references.cameras)
         first, last = nearest[0], nearest[min(1, len(nearest) - 1)]
         cameras = _between(camera, references.cameras[first : first + 1], references.cameras[last : last + 1])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,7 +20,7 @@ from torch import Tensor
 
 from nerfstudio_enhancer.contact_sheet import write_depth_sheet, write_round_pictures
 from nerfstudio_enhancer.enhance_step import EnhanceConfig, References, RoundClip, enhance_step, mean_colour
-from nerfstudio_enhancer.enhanced_views import LEAST_NEED, EnhancedViewStore, newest_settings
+from nerfstudio_enhancer.enhanced_views import LEAST_NEED, EnhancedViewStore, newest_settings, round_folder_name
 from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
@@ -49,7 +52,8 @@ class Rounds:
         self.references = references_of(datamanager.train_dataset, datamanager.cached_train)
         self.done: set[int] = set()
         self._made_up_before: int | None = None
-        _check(self.config, len(self.references.photographs))
+        check_settings(self.config, len(self.references.photographs))
+        _check_steps(self.config)
         model.seed = datamanager.seed = self.seed
         datamanager.gives_depth = model.config.depth_weight > 0
         model.set_reference_mean(mean_colour(self.references))
@@ -99,6 +103,7 @@ class Rounds:
     def run(self, step: int) -> None:
         """Run one round. A checkpoint is written first: whatever stops the round, nothing trained so far is lost."""
         self.trainer.save_checkpoint(step - 1)
+        references = dataclasses.replace(self.references, cameras=self.model.learnt_cameras(self.references.cameras))
         oracle = self._oracle() if self.config.feed == "photographs" else None
         prior = self._prior() if self.config.feed == "enhanced" else None
         faultless = self._faultless() if self.config.feed == "faultless" else None
@@ -107,7 +112,7 @@ class Rounds:
             task = progress.add_task("Enhancing frames", total=None)
             clips = enhance_step(
                 self.model,
-                self.references,
+                references,
                 self.config,
                 prior,
                 step_generator(self.seed, step, "round"),
@@ -176,11 +181,13 @@ class Rounds:
         """Read the rounds of the run that is resumed."""
         start = getattr(self.trainer, "_start_step", 0)
         if start == 0:
+            self._set_older_aside()
             return
         found: set[int] = set()
         for folder in dict.fromkeys([_source_folder(self.trainer), self.folder]):
             if folder is not None and folder.is_dir():
                 found.update(self.store.load_rounds(folder, up_to_step=start - 1))
+        self._keep_taken_up(found)
         if found:
             CONSOLE.log(f"Resuming with {self.store.num_views} enhanced views of the round before step {max(found)}.")
         behind = [step for step in self.scheduled if step < start]
@@ -191,6 +198,32 @@ class Rounds:
                 "one round is run first in its place."
             )
             self._made_up_before = start  # not yet: by now a browser may render, and only a step keeps it from that
+
+    def _set_older_aside(self) -> None:
+        """Rename the enhanced views of another training in the same folder: this one's checkpoints do not go with them."""
+        if any(self.folder.glob("round-step-*")):
+            names = (self.folder.with_name(f"{VIEWS_FOLDER}-older-{number}") for number in itertools.count(1))
+            aside = next(path for path in names if not path.exists())
+            self.folder.rename(aside)
+            CONSOLE.log(f"The enhanced views of an older training in this folder are now in {aside}.")
+
+    def _keep_taken_up(self, found: set[int]) -> None:
+        """Link or copy the newest round into this run's folder, so that a run that goes on from this one finds it too."""
+        source = _source_folder(self.trainer)
+        name = round_folder_name(max(found, default=0))
+        if source is None or source == self.folder or not (source / name).is_dir() or (self.folder / name).exists():
+            return
+        partial = self.folder / f".partial-{name}"
+        try:
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source / name, partial, copy_function=_link_or_copy)
+            partial.rename(self.folder / name)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            CONSOLE.log(
+                f"[yellow]The enhanced views that this run goes on with could not be written to {self.folder} ({error}); a run "
+                "that is resumed from this one has to make them again."
+            )
 
     def _faultless(self) -> Callable[[Cameras], Float[Tensor, "t h w 3"]]:
         from nerfstudio_enhancer.evaluation.faultless import (
@@ -206,7 +239,12 @@ class Rounds:
         return references_of(dataset, self.datamanager.load_images(dataset))
 
 
-def _check(config, num_references: int) -> None:
+def check_settings(config: EnhanceConfig, num_references: int) -> None:
+    """Refuse settings of rounds with which none can be run, whenever they are due.
+
+    Raises:
+        ValueError: names the setting, its rule and the value given.
+    """
     if not 0 <= config.ratio <= 1:
         raise ValueError(f"enhance.ratio is a probability in [0, 1], got {config.ratio}.")
     if not 0 <= config.repair_share <= 1:
@@ -216,8 +254,6 @@ def _check(config, num_references: int) -> None:
         raise ValueError(
             f"enhance.unseen_range must be two growing shares in [0, 1], or 0 0 to need every view in full, got {low} {high}."
         )
-    if config.every < 1:
-        raise ValueError(f"enhance.every must be at least 1 step, got {config.every}.")
     path = config.trajectory
     between = path.min_frames, path.max_frames, path.max_total_frames
     if config.rounds > 0 and config.feed != "photographs" and not 1 <= between[0] <= between[1] <= between[2]:
@@ -225,14 +261,22 @@ def _check(config, num_references: int) -> None:
             "enhance.trajectory must have 1 <= min_frames <= max_frames <= max_total_frames, so that a path has frames, got "
             f"{between[0]}, {between[1]}, {between[2]}."
         )
-    if config.start < 1 and config.rounds > 0:
-        raise ValueError(
-            f"enhance.start must be at least step 1, got {config.start}: there are no splats to repair before."
-        )
     if num_references < 2 and config.rounds > 0 and config.uses_prior:
         raise ValueError(
             f"Enhancement needs at least 2 reference views, got {num_references}. Add photographs, raise `--num-views`, "
             "or train without it by `--pipeline.model.enhance.prior none`."
+        )
+
+
+def _check_steps(config: EnhanceConfig) -> None:
+    """Of a schedule that is decided, see `EnhancerModelConfig.fit_to`."""
+    assert config.start is not None
+    assert config.every is not None
+    if config.every < 1:
+        raise ValueError(f"enhance.every must be at least 1 step, got {config.every}.")
+    if config.start < 1 and config.rounds > 0:
+        raise ValueError(
+            f"enhance.start must be at least step 1, got {config.start}: there are no splats to repair before."
         )
 
 
@@ -280,6 +324,14 @@ def take_up_schedule(config: EnhanceConfig, trainer: Trainer, begin: int) -> Non
         for name in ("start", "every"):
             if getattr(config, name) is None and isinstance(settings.get(name), int):
                 setattr(config, name, settings[name])
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    """Nobody writes into a round's files: another name for them costs no space, where the file system has such."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _source_folder(trainer: Trainer) -> Path | None:

@@ -4,14 +4,21 @@ import errno
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
+from nerfstudio.data.dataparsers.base_dataparser import DataparserOutputs
 from nerfstudio.engine.trainer import Trainer, TrainerConfig
 from nerfstudio.utils.decorators import check_main_thread
 from nerfstudio.utils.rich_utils import CONSOLE
 
 from nerfstudio_enhancer.rasterize.dispatch import check_cuda_kernels
+from nerfstudio_enhancer.rounds import check_settings
 from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
+from nerfstudio_enhancer.schedule import own_length, squeeze
+
+if TYPE_CHECKING:
+    from nerfstudio_enhancer.model import EnhancerModelConfig
 
 WORLD_FILE = "dataparser_transforms.json"
 """In which nerfstudio keeps, in a run's folder, how the capture's world became the run's."""
@@ -19,8 +26,28 @@ SAME_WORLD = 1e-3
 """Largest difference of a rotation's or a scaled position's entry at which two worlds are one."""
 
 
-def check_resumed_run(config: TrainerConfig) -> None:
+def read_references(config: TrainerConfig) -> DataparserOutputs | None:
+    """The reference views that a training is about to read, without seed points; None with another dataparser than ours."""
+    datamanager = config.pipeline.datamanager
+    parser = getattr(datamanager, "dataparser", None)
+    if not isinstance(parser, SparseViewsDataParserConfig):
+        return None
+    data = getattr(datamanager, "data", None) or parser.data
+    return replace(parser, data=Path(data), seed_points="none").setup().get_dataparser_outputs(split="train")
+
+
+def count_references(config: TrainerConfig) -> int | None:
+    """Number of reference views that a training is about to read; None with another dataparser than ours."""
+    outputs = read_references(config)
+    return None if outputs is None else len(outputs.image_filenames)
+
+
+def check_resumed_run(config: TrainerConfig, outputs: DataparserOutputs | None) -> None:
     """Refuse, before anything is computed, to go on from a folder without checkpoints or from splats of other references.
+
+    Args:
+        config: of the trainer.
+        outputs: of `read_references`.
 
     Raises:
         FileNotFoundError: `load_dir` holds no checkpoint.
@@ -34,12 +61,8 @@ def check_resumed_run(config: TrainerConfig) -> None:
         hint = f"; did you mean {below}?" if below.is_dir() else ": give the nerfstudio_models folder of a run."
         raise FileNotFoundError(f"`--load-dir` {folder} holds no checkpoint (step-*.ckpt){hint}")
     kept = folder.parent / WORLD_FILE
-    datamanager = config.pipeline.datamanager
-    parser = getattr(datamanager, "dataparser", None)
-    if not kept.is_file() or not isinstance(parser, SparseViewsDataParserConfig):
+    if outputs is None or not kept.is_file():
         return
-    data = getattr(datamanager, "data", None) or parser.data
-    outputs = replace(parser, data=Path(data), seed_points="none").setup().get_dataparser_outputs(split="train")
     before = json.loads(kept.read_text(encoding="utf-8"))
     there = torch.tensor([*before["transform"], [before["scale"], 0, 0, 0]])
     here = torch.cat([outputs.dataparser_transform, torch.tensor([[outputs.dataparser_scale, 0, 0, 0]])])
@@ -70,28 +93,63 @@ class EnhancerTrainerConfig(TrainerConfig):
     """Settings of the trainer."""
 
     _target: type = field(default_factory=lambda: EnhancerTrainer)
+    max_num_iterations: int | None = None  # pyright: ignore[reportIncompatibleVariableOverride]  # a number once it is set up
+    """Training steps; a resumed training counts them from its checkpoint, as nerfstudio does. None: by the number of reference
+    views, see `few_views_iterations`, and a resumed training goes on to that end."""
+    schedule_iterations: int = 30000
+    """Steps for which densification, spherical harmonics and learning rates are stated, and the most that a training has by
+    itself."""
+    few_views_iterations: int | None = 3000
+    """Steps of a training on up to `few-views` (12) reference views, which more steps learn by heart; with more of them the steps
+    grow with their number up to `schedule-iterations`. What is stated in steps is squeezed with them. None: neither, whatever
+    the number."""
 
 
 class EnhancerTrainer(Trainer):
     """A disk that fills up during a save leaves the older checkpoint untouched."""
 
+    config: EnhancerTrainerConfig  # pyright: ignore[reportIncompatibleVariableOverride]  # as nerfstudio's trainers do
+
     def setup(self, test_mode="val") -> None:
-        """Say in one line what fits the device, then set up as nerfstudio does."""
+        """Say in one line what fits device and references, then set up as nerfstudio does."""
+        check_precision(self.config)
+        outputs = read_references(self.config)
+        check_resumed_run(self.config, outputs)
+        count = None if outputs is None else len(outputs.image_filenames)
+        if count is not None:  # before minutes of search for seed points, not after
+            check_settings(cast("EnhancerModelConfig", self.config.pipeline.model).enhance, count)
+        self._own_length = own_length(self.config, count)
+        if self._own_length != self.config.schedule_iterations:
+            squeeze(self.config, self._own_length)
         size = getattr(self.config.pipeline.datamanager, "max_image_size", None)
         CONSOLE.log(
-            f"Training on {self.device}: {self.config.max_num_iterations} steps, "
+            f"Training on {self.device}: {self.config.max_num_iterations or self._own_length} steps, "
+            + ("" if count is None else f"{count} reference views, ")
             + (f"images at most {size} px on the long side." if size else "images at full size.")
         )
-        check_precision(self.config)
-        check_resumed_run(self.config)
         if torch.device(self.device).type == "cuda":
             check_cuda_kernels()
         super().setup(test_mode)
+
+    def _load_checkpoint(self) -> None:
+        """As nerfstudio does; then it is known how many steps are left, which the callbacks ask for.
+
+        Raises:
+            ValueError: the checkpoint is that of a training at its end, and no number of further steps is given.
+        """
+        super()._load_checkpoint()
         start = self._start_step
+        if self.config.max_num_iterations is None:
+            if start >= self._own_length:
+                raise ValueError(
+                    f"The training that `--load-dir` or `--load-checkpoint` names is at its end, {self._own_length} steps. "
+                    "Give `--max-num-iterations` with the number of steps to train on."
+                )
+            self.config.max_num_iterations = self._own_length - start
         if start > 0:
             CONSOLE.log(
-                f"Resumed at step {start}: `--max-num-iterations` counts from there, so that the training ends with step "
-                f"{start + self.config.max_num_iterations - 1}."
+                f"Resumed at step {start}; the training ends with step {start + self.config.max_num_iterations - 1} "
+                "(`--max-num-iterations` counts from the checkpoint)."
             )
 
     @check_main_thread

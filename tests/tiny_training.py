@@ -20,6 +20,7 @@ def tiny_training(data: Path, output_dir: Path, prior: Path) -> TrainerConfig:
     config.viewer.quit_on_train_completion = True
     config.machine.device_type = "cpu"
     config.max_num_iterations = STEPS
+    config.few_views_iterations = None  # what a test states in steps is to hold
     config.pipeline.model.num_downscales = 0
     config.steps_per_save = 1000
     config.pipeline.datamanager.data = config.data

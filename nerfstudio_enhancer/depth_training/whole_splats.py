@@ -18,7 +18,6 @@ from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.methods import (
     datamanager_of,
     dataparser_of,
-    fit_schedule,
     method_config,
     set_prior,
     with_seed_points,
@@ -28,6 +27,7 @@ from nerfstudio_enhancer.model import EnhancerModel
 from nerfstudio_enhancer.pairs.sparse_splats import train_steps
 from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.scene.capture import read_capture
+from nerfstudio_enhancer.schedule import fit_schedule
 
 SETTINGS = {
     "opacity_decay": 1.0,

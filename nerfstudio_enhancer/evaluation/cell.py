@@ -20,7 +20,6 @@ from nerfstudio_enhancer.evaluation.methods import (
     METHODS,
     datamanager_of,
     dataparser_of,
-    fit_schedule,
     method_config,
     model_of,
     set_prior,
@@ -34,6 +33,8 @@ from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER, REPAIRED
 from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.rounds import VIEWS_FOLDER, references_of
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
+from nerfstudio_enhancer.schedule import fit_schedule, own_length
+from nerfstudio_enhancer.trainer import count_references
 from nerfstudio_enhancer.warping import WarpSources, seen_share
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     """Settings of a cell's whole training, as `ns-train 3dgs-enhancer` with flags would have them."""
     method = METHODS[cell.method]
     config = method_config()
-    fit_schedule(config, settings.scale.steps or config.max_num_iterations)
     set_prior(config, settings.prior if method.feed == "enhanced" else "none", method.feed or "enhanced")
     with_additions(config, method.additions)
     with_settings(config, method.settings)
@@ -66,6 +66,7 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     config.machine.seed = cell.seed
     if settings.scale.max_image_size is not None:
         datamanager.max_image_size = settings.scale.max_image_size
+    fit_schedule(config, settings.scale.steps or own_length(config, count_references(config)))
     config.output_dir = settings.output / RUNS_FOLDER
     config.experiment_name = cell.place
     config.timestamp = cell.method
@@ -82,7 +83,8 @@ def train_first_stage(cell: Cell, settings: CellSettings) -> None:
     """
     config = _first_stage_config(cell, settings)
     marker = config.get_base_dir() / STAGE_FILE
-    made_of = {"data": str(cell.data), **asdict(settings.scale), **settings.protocol.unusual}
+    made_of = {"data": str(cell.data), **asdict(settings.scale), "start": config.max_num_iterations}
+    made_of |= settings.protocol.unusual
     if marker.exists() and json.loads(marker.read_text(encoding="utf-8")).get("made_of") == made_of:
         return
     trainer, wall_s = _train(config)

@@ -12,9 +12,10 @@ from nerfstudio.engine.trainer import Trainer
 
 from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.leave_one_out import LEFT_OUT, TEST, Fold, write_split
-from nerfstudio_enhancer.evaluation.methods import datamanager_of, dataparser_of, fit_schedule, method_config, set_prior
+from nerfstudio_enhancer.evaluation.methods import datamanager_of, dataparser_of, method_config, set_prior
 from nerfstudio_enhancer.evaluation.tables import FIGURES
 from nerfstudio_enhancer.scene.sparse_views import PHOTOGRAPH_NAMES
+from nerfstudio_enhancer.schedule import fit_schedule
 from nerfstudio_enhancer.trainer import EnhancerTrainer
 
 

@@ -158,35 +158,6 @@ def dataparser_of(config: TrainerConfig) -> SparseViewsDataParserConfig:
     return cast("SparseViewsDataParserConfig", datamanager_of(config).dataparser)
 
 
-def fit_schedule(config: TrainerConfig, steps: int) -> None:
-    """Stretch or squeeze, in place, everything that the schedule states in steps to another total number of steps.
-
-    Densification, spherical harmonics, learning rates and rounds then come at the same share of the training. The
-    distance of two densifications (`refine_every`) stays, since it is a number of gradients to average over.
-
-    Raises:
-        ValueError: if there are fewer than 3 steps, too few for a round in between.
-    """
-    if steps < 3:
-        raise ValueError(f"a training with a round needs at least 3 steps, got {steps}.")
-    scale = steps / config.max_num_iterations
-    model = model_of(config)
-    model.fit_to(config.max_num_iterations)
-    densification = ("warmup_length", "stop_split_at", "stop_screen_size_at")
-    for owner, names in (
-        (model, (*densification, "sh_degree_interval", "resolution_schedule", "lpips_start")),
-        (model.enhance, ("start", "every")),
-    ):
-        for name in names:
-            setattr(owner, name, max(1, round(getattr(owner, name) * scale)))
-    for group in config.optimizers.values():
-        scheduler = group["scheduler"]
-        if scheduler is not None:
-            scheduler.max_steps = max(1, round(scheduler.max_steps * scale))
-            scheduler.warmup_steps = round(scheduler.warmup_steps * scale)
-    config.max_num_iterations = steps
-
-
 def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None:
     """Switch off, in place, those of the method's additions to splatfacto that are not named."""
     model = model_of(config)

@@ -28,7 +28,6 @@ from nerfstudio_enhancer.evaluation.cell import set_seed
 from nerfstudio_enhancer.evaluation.methods import (
     datamanager_of,
     dataparser_of,
-    fit_schedule,
     method_config,
     set_prior,
     with_additions,
@@ -38,6 +37,7 @@ from nerfstudio_enhancer.model import EnhancerModel
 from nerfstudio_enhancer.pairs.make_pairs import SplatTraining, missing_kinds
 from nerfstudio_enhancer.rendering import RenderedClip, render_clip
 from nerfstudio_enhancer.scene.capture import Frame, natural_key, read_capture
+from nerfstudio_enhancer.schedule import fit_schedule
 from nerfstudio_enhancer.warping import WarpSources, warp_references
 
 ASPECT_TOLERANCE = 0.02

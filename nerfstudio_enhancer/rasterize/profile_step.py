@@ -190,6 +190,7 @@ def _config(folder: Path, command: ProfileStep) -> Any:
     config.viewer.quit_on_train_completion = True
     config.machine.device_type = "cpu"
     config.max_num_iterations = command.warm_up + command.steps
+    config.few_views_iterations = None  # its schedule holds as it is stated
     config.steps_per_save = 10**9
     config.pipeline.datamanager.data = config.data
     dataparser = config.pipeline.datamanager.dataparser

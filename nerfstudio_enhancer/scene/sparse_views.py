@@ -30,6 +30,9 @@ NUM_SEEN_POINTS = "num_seen_points"
 KEPT_PHOTOGRAPHS = 32
 """Up to so many references stay in memory while seed points are searched; more are read again when they are needed."""
 
+HARDLY_DISTORTED = 1e-12
+"""A coefficient that moves no pixel."""
+
 RIGID_TOLERANCE = 1e-3
 """Largest deviation of R^T R from the identity: poses are written with at least four digits."""
 
@@ -310,10 +313,22 @@ def _cameras(
         cy=column([frame.cy for frame in frames]),
         width=torch.tensor([frame.width for frame in frames], dtype=torch.int32),
         height=torch.tensor([frame.height for frame in frames], dtype=torch.int32),
-        distortion_params=torch.tensor([frame.distortion for frame in frames], dtype=torch.float32),
+        distortion_params=_distortions(frames, camera_type),
         camera_type=camera_type,
         metadata=metadata,
     )
+
+
+def _distortions(frames: list[Frame], camera_type: CameraType) -> Tensor:
+    """Coefficients [n, 6], with which nerfstudio undistorts the photographs; where all are 0 it leaves them as they are.
+
+    That is right for perspective cameras alone: a fisheye camera bends lines by itself, so that its coefficients are not 0
+    but hardly more.
+    """
+    distortion = torch.tensor([frame.distortion for frame in frames], dtype=torch.float32)
+    if camera_type == CameraType.FISHEYE:
+        distortion[(distortion == 0).all(dim=1), 0] = HARDLY_DISTORTED
+    return distortion
 
 
 def _mask_filenames(frames: list[Frame]) -> list[Path] | None:

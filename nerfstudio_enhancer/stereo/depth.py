@@ -119,7 +119,7 @@ def _agrees(
     view: StereoView,
     depth: Float[Tensor, "h w"],
     other: StereoView,
-    other_depth: Float[Tensor, "h w"],
+    other_depth: Float[Tensor, "other_h other_w"],
     config: StereoConfig,
 ) -> Bool[Tensor, "h w"]:
     """Pixels that come back to themselves through the other view's depth."""

@@ -1,5 +1,6 @@
 """The whole way on a tiny scene: train, a round, kill, resume, and nerfstudio's commands on the result."""
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -116,9 +117,13 @@ def test_splats_are_shown_and_measured_where_their_prior_is_gone(config: Trainer
     assert "repaired_psnr" not in metrics
 
 
-def test_a_share_that_is_none_is_refused_before_anything_is_trained(config: TrainerConfig) -> None:
-    config.pipeline.model.enhance.repair_share = 1.5
-    with pytest.raises(ValueError, match=r"repair_share is a share in \[0, 1\], got 1.5"):
+@pytest.mark.parametrize("name", ["repair_share", "ratio"])
+def test_a_share_that_is_none_is_refused_before_seed_points_are_searched(
+    config: TrainerConfig, monkeypatch, name: str
+) -> None:
+    monkeypatch.setattr("nerfstudio_enhancer.initial_splats.seed_points", None)
+    setattr(config.pipeline.model.enhance, name, 1.5)
+    with pytest.raises(ValueError, match=rf"{name} is a .* in \[0, 1\], got 1.5"):
         train(config)
 
 
@@ -191,7 +196,10 @@ def test_a_run_killed_in_its_second_round_makes_that_one_alone_when_resumed(conf
     config.load_dir, config.timestamp = run / "nerfstudio_models", "resumed"
     config.max_num_iterations = STEPS - second
     resumed = train(config)
-    assert {path.name for path in (resumed / "enhanced_views").iterdir()} == {round_folder_name(second)}
+    assert {path.name for path in (resumed / "enhanced_views").iterdir()} == {
+        round_folder_name(START),
+        round_folder_name(second),
+    }
 
 
 def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfig, monkeypatch) -> None:
@@ -205,10 +213,45 @@ def test_a_resumed_run_goes_on_with_the_same_enhanced_views(config: TrainerConfi
         seen["views"] = rounds.store.rounds[START]
 
     monkeypatch.setattr("nerfstudio_enhancer.rounds.Rounds.run_if_due", lambda rounds, step: remember(rounds))
+    resumed = train(config)
+    assert not calls
+    config.load_dir, config.timestamp = resumed / "nerfstudio_models", "resumed again"
     train(config)
     assert not calls
     for saved, taken in zip(views_of(first).rounds[START], seen["views"], strict=True):
         assert torch.equal(saved.rgb, taken.rgb)
+
+
+def test_enhanced_views_of_an_older_training_in_the_same_folder_are_set_aside(config: TrainerConfig) -> None:
+    first = train(config)
+    config.pipeline.model.enhance.start = START + 1
+    assert train(config) == first
+    for folder, step in (("enhanced_views-older-1", START), ("enhanced_views", START + 1)):
+        assert [path.name for path in (first / folder).iterdir()] == [round_folder_name(step)]
+
+
+def test_a_round_takes_references_at_their_learnt_poses(config: TrainerConfig, monkeypatch) -> None:
+    seen = []
+
+    def remember(model, references, *args):
+        seen.append((model, references))
+        return enhance_step(model, references, *args)
+
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.enhance_step", remember)
+    config.pipeline.model.camera_optimizer.mode = "SO3xR3"
+    config.pipeline.model.sh_degree = 0
+    config.max_num_iterations = START + 1
+    config.optimizers["camera_opt"]["scheduler"] = None
+    config.optimizers["camera_opt"]["optimizer"].lr = 0.01
+    train(config)
+    ((model, references),) = seen
+    learnt = model.camera_optimizer.pose_adjustment.detach()[:, :3]
+    assert (learnt.norm(dim=1) > 0.01).all()
+    given = config.pipeline.datamanager.dataparser.setup().get_dataparser_outputs("train").cameras
+    moved = references.cameras.camera_to_worlds[..., 3] - given.camera_to_worlds[..., 3]
+    # One more step than at the round has been trained since.
+    torch.testing.assert_close(moved, learnt, atol=0.011, rtol=0)
+    assert (moved.norm(dim=1) > 0.01).all()
 
 
 @pytest.mark.parametrize(("lost", "made_anew"), [("oldest", 0), ("newest", 1)])
@@ -283,6 +326,28 @@ def test_splats_of_other_references_are_not_gone_on_with(config: TrainerConfig) 
         train(config)
     config.pipeline.datamanager.dataparser.num_views = 3
     assert checkpoints(train(config)) == [f"step-{2 * STEPS - 1:09d}.ckpt"]
+
+
+def test_the_references_decide_the_length_and_a_resumed_run_goes_on_to_its_end(config: TrainerConfig) -> None:
+    config.pipeline.model.enhance.prior, config.pipeline.model.stop_split_at = "none", 6
+    whole = copy.deepcopy(config)
+    config.max_num_iterations = START
+    first = train(config)
+    for settings in (config, whole):
+        settings.max_num_iterations, settings.few_views_iterations, settings.schedule_iterations = (
+            None,
+            STEPS,
+            2 * STEPS,
+        )
+    config.load_dir, config.timestamp = first / "nerfstudio_models", "resumed"
+    resumed = copy.deepcopy(config)
+    assert checkpoints(train(resumed)) == [f"step-{STEPS - 1:09d}.ckpt"]
+    assert resumed.pipeline.model.stop_split_at == 3
+    whole.timestamp = "whole"
+    assert checkpoints(train(whole)) == [f"step-{STEPS - 1:09d}.ckpt"]
+    config.load_dir = whole.get_base_dir() / "nerfstudio_models"
+    with pytest.raises(ValueError, match=rf"at its end, {STEPS} steps.*--max-num-iterations"):
+        train(config)
 
 
 def test_several_rounds_run_and_the_last_is_kept(config: TrainerConfig) -> None:

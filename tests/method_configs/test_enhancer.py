@@ -64,11 +64,12 @@ def test_the_full_size_method_is_the_other_but_for_its_prior_its_rounds_and_the_
 @pytest.mark.parametrize("method", [enhancer_method, enhancer_svd_method])
 def test_the_splats_train_on_after_every_round_at_least_as_long_as_between_two(method):
     model = copy.deepcopy(method.config.pipeline.model)
-    model.fit_to(method.config.max_num_iterations)
+    steps = method.config.schedule_iterations
+    model.fit_to(steps)
     rounds = model.enhance
     last = rounds.start + (rounds.rounds - 1) * rounds.every
     assert rounds.start > 0
-    assert last + rounds.every <= method.config.max_num_iterations
+    assert last + rounds.every <= steps
 
 
 @pytest.mark.parametrize(("references", "paths"), [(3, 3), (12, 12)])

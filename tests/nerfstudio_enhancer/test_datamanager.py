@@ -33,6 +33,12 @@ def test_no_seed_points_are_searched_where_a_finished_model_is_evaluated(tmp_pat
         data_manager(tmp_path / "b", "val")
 
 
+def test_another_order_of_photographs_than_that_of_seed_and_step_is_refused(tmp_path: Path) -> None:
+    config = EnhancerDataManagerConfig(train_cameras_sampling_strategy="fps")
+    with pytest.raises(ValueError, match="sampling-strategy` must be random, got fps"):
+        config.setup(device="cpu", test_mode="val", world_size=1, local_rank=0)
+
+
 @pytest.mark.parametrize("in_data_manager", [False, True])
 def test_a_held_out_photograph_is_missed_before_seed_points_are_searched(
     tmp_path: Path, monkeypatch, in_data_manager: bool

@@ -115,6 +115,14 @@ def test_what_a_job_prints_goes_to_its_log(tmp_path):
     assert "hello" in (tmp_path / "logs/word.txt").read_text()
 
 
+def test_a_job_whose_log_cannot_be_written_fails_with_a_reason_and_the_others_run(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = results([Job("a", operator.mul, (2, 1), log=tmp_path / "file/log.txt"), Job("b", operator.mul, (2, 1))])
+    assert "its log" in done["a"].error
+    assert "log.txt cannot be written" in done["a"].error
+    assert done["b"].value == 2
+
+
 def test_bad_job_lists_are_refused():
     with pytest.raises(ValueError, match="distinct keys"):
         results([Job("a", operator.mul, (2, 1)), Job("a", operator.mul, (2, 2))])

@@ -46,7 +46,7 @@ def grey_splats(monkeypatch) -> list[Cameras]:
 
 
 def splats(step: int = 0) -> SimpleNamespace:
-    return SimpleNamespace(device="cpu", seed=0, step=step)
+    return SimpleNamespace(learnt_cameras=lambda cameras: cameras, device="cpu", seed=0, step=step)
 
 
 def references(*x: float) -> References:

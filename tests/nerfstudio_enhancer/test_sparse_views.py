@@ -314,6 +314,17 @@ def test_fisheye_cameras_stay_fisheye(nerfstudio_folder: WriteFolder) -> None:
     torch.testing.assert_close(cameras.distortion_params[0], torch.tensor([0.1, 0.0, 0.0, 0.01, 0.0, 0.0]))
 
 
+def test_a_fisheye_without_coefficients_is_undistorted_too(nerfstudio_folder: WriteFolder) -> None:
+    folder = nerfstudio_folder()
+    edit_transforms(folder, lambda meta: meta.update(camera_model="OPENCV_FISHEYE"))
+    fisheye = parse(folder).cameras
+    # Nerfstudio leaves photographs as they are where all coefficients are 0.
+    assert (fisheye.distortion_params != 0).any(dim=1).all()
+    torch.testing.assert_close(fisheye.distortion_params, torch.zeros(3, 6), atol=1e-9, rtol=0)
+    edit_transforms(folder, lambda meta: meta.update(camera_model="OPENCV"))
+    assert (parse(folder).cameras.distortion_params == 0).all()
+
+
 def test_a_finished_model_can_be_looked_at_without_its_photographs(nerfstudio_folder: WriteFolder) -> None:
     folder = nerfstudio_folder()
     expected = parse(folder)

@@ -198,6 +198,15 @@ def test_consistent_depth_is_right(scene: TinyScene, depths: list[StereoDepth]) 
         assert np.quantile(distance, 0.9) < 0.1, index
 
 
+def test_references_of_two_sizes_confirm_each_other(scene: TinyScene) -> None:
+    views = [stereo_view(reference_view(scene, index), size) for index, size in ((1, 100), (2, 80))]
+    found = estimate_depth(views, [(1.0, 8.0)] * 2, replace(SMALL, min_agreeing=1), torch.Generator().manual_seed(0))
+    for view, depth in zip(views, found, strict=True):
+        assert depth.depth.shape == view.size
+        assert float(depth.consistent.float().mean()) > 0.2
+        assert np.median(scene.distance_to_surface(world_points(depth)[depth.consistent].numpy())) < 0.05
+
+
 def test_the_same_generator_gives_the_same_depth(scene: TinyScene) -> None:
     views = [stereo_view(reference_view(scene, index), 60) for index in (1, 2)]
     config = replace(SMALL, sweep_px=60, refine_px=60)

@@ -2,28 +2,12 @@ import pytest
 
 from nerfstudio_enhancer.evaluation.methods import (
     METHODS,
-    fit_schedule,
     method_config,
     set_prior,
     with_additions,
     with_seed_points,
     with_settings,
 )
-
-
-def test_a_squeezed_schedule_keeps_its_shares():
-    config = method_config()
-    before = method_config()
-    fit_schedule(config, before.max_num_iterations // 10)
-    model, whole = config.pipeline.model, before.pipeline.model
-    whole.fit_to(before.max_num_iterations)
-    assert config.max_num_iterations == before.max_num_iterations // 10
-    assert model.enhance.start == whole.enhance.start // 10
-    assert model.stop_split_at == whole.stop_split_at // 10
-    assert model.refine_every == whole.refine_every
-    assert config.optimizers["means"]["scheduler"].max_steps == before.optimizers["means"]["scheduler"].max_steps // 10
-    with pytest.raises(ValueError, match="at least 3 steps, got 2"):
-        fit_schedule(config, 2)
 
 
 def test_settings_of_one_method_leave_the_registered_ones_alone():
