@@ -4,11 +4,18 @@ import shutil
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
+from diffusers import (
+    AutoencoderKLTemporalDecoder,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+    UNetSpatioTemporalConditionModel,
+)
+from PIL import Image
 from references import layout_a_forward
 from safetensors.torch import load_file, save_file
 from svd_folders import tiny_unet, tiny_vae, write_svd_folder
 from tiny_prior import random_clip, randomise, tiny_prior
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from diffusion_prior import checkpoints
 from diffusion_prior.checkpoints import (
@@ -19,6 +26,8 @@ from diffusion_prior.checkpoints import (
     resolve_folder,
     save_prior,
 )
+from diffusion_prior.sampling_config import SamplingConfig
+from diffusion_prior.types import ConditionClip
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -454,3 +463,52 @@ def test_another_number_of_heads_gives_other_pictures_from_equal_tensors():
     with torch.no_grad():
         results = [unet(sample, level, embeddings[:, 0], micro).sample for unet in (one, other)]
     assert not torch.allclose(*results, rtol=1e-2)
+
+
+def test_a_folder_of_svd_samples_what_diffusers_own_pipeline_samples(tmp_path):
+    folder = write_svd_folder(tmp_path)
+    encoder = CLIPVisionConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=224,  # what the pipeline squeezes pictures to, whatever its encoder takes
+        patch_size=56,
+        projection_dim=16,
+    )
+    CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
+    pipeline = StableVideoDiffusionPipeline(
+        AutoencoderKLTemporalDecoder.from_pretrained(folder / "vae"),
+        CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder"),
+        UNetSpatioTemporalConditionModel.from_pretrained(folder / "unet"),
+        EulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
+        CLIPImageProcessor(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    prior = load_prior(str(folder), "cpu", torch.float32)
+    prior.config = dataclasses.replace(prior.config, noise_augmentation=0.0, colour_correction=False, max_guidance=2.5)
+    prior.sampling = SamplingConfig(steps=3)
+    # One colour, which looks the same however it is squeezed; the pipeline is shown one picture for all frames.
+    frames, height, width = 4, 16, 24
+    colour = (51, 128, 179)
+    shown = (torch.tensor(colour) / 255)[:, None, None].expand(3, height, width)
+    ones = torch.ones(frames, 1, height, width)
+    clip = ConditionClip(rgb=shown.repeat(frames, 1, 1, 1), alpha=ones, disparity=ones)
+    ours = prior.sample(clip, torch.Generator().manual_seed(5))
+    noise = torch.randn(frames, 4, height // 2, width // 2, generator=torch.Generator().manual_seed(5))
+    theirs = pipeline(
+        Image.new("RGB", (width, height), colour),
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=3,
+        min_guidance_scale=1.0,
+        max_guidance_scale=2.5,
+        fps=7,
+        motion_bucket_id=127,
+        noise_aug_strength=0.0,
+        latents=noise[None],
+        output_type="pt",
+    ).frames[0]
+    assert float(theirs.std()) > 0.01
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
