@@ -25,7 +25,7 @@ def own_length(config: TrainerConfig, references: int | None) -> int:
     if least is None or references is None:
         return most
     few_views = cast("EnhancerModelConfig", config.pipeline.model).few_views
-    return min(most, max(least, round(least * references / few_views)))
+    return min(most, max(least, round(least * references / max(few_views, 1))))
 
 
 def squeeze(config: TrainerConfig, steps: int) -> None:

@@ -121,9 +121,9 @@ class EnhancerTrainer(Trainer):
         self._own_length = own_length(self.config, count)
         if self._own_length != self.config.schedule_iterations:
             squeeze(self.config, self._own_length)
-        size = getattr(self.config.pipeline.datamanager, "max_image_size", None)
+        given, size = self.config.max_num_iterations, getattr(self.config.pipeline.datamanager, "max_image_size", None)
         CONSOLE.log(
-            f"Training on {self.device}: {self.config.max_num_iterations or self._own_length} steps, "
+            f"Training on {self.device}: {self._own_length if given is None else given} steps, "
             + ("" if count is None else f"{count} reference views, ")
             + (f"images at most {size} px on the long side." if size else "images at full size.")
         )

@@ -56,8 +56,8 @@ def tiny_vae() -> AutoencoderKLTemporalDecoder:
     )
 
 
-def write_svd_folder(folder: Path, layout: str = "B", variant: str | None = None) -> Path:
-    """A whole pipeline folder as `save_pretrained` writes it."""
+def write_svd_folder(folder: Path, layout: str = "B", variant: str | None = None, encoder_px: int = 16) -> Path:
+    """A whole pipeline folder as `save_pretrained` writes it, whose image encoder takes squares of so many pixels."""
     tiny_unet(layout).save_pretrained(folder / "unet", variant=variant)
     tiny_vae().save_pretrained(folder / "vae", variant=variant)
     encoder = CLIPVisionConfig(
@@ -65,8 +65,8 @@ def write_svd_folder(folder: Path, layout: str = "B", variant: str | None = None
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
+        image_size=encoder_px,
+        patch_size=encoder_px // 2,
         projection_dim=16,
     )
     CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder", variant=variant)

@@ -15,7 +15,7 @@ from references import layout_a_forward
 from safetensors.torch import load_file, save_file
 from svd_folders import tiny_unet, tiny_vae, write_svd_folder
 from tiny_prior import random_clip, randomise, tiny_prior
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
 
 from diffusion_prior import checkpoints
 from diffusion_prior.checkpoints import (
@@ -466,17 +466,8 @@ def test_another_number_of_heads_gives_other_pictures_from_equal_tensors():
 
 
 def test_a_folder_of_svd_samples_what_diffusers_own_pipeline_samples(tmp_path):
-    folder = write_svd_folder(tmp_path)
-    encoder = CLIPVisionConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=224,  # what the pipeline squeezes pictures to, whatever its encoder takes
-        patch_size=56,
-        projection_dim=16,
-    )
-    CLIPVisionModelWithProjection(encoder).save_pretrained(folder / "image_encoder")
+    # 224 px: what the pipeline squeezes pictures to, whatever its encoder takes
+    folder = write_svd_folder(tmp_path, encoder_px=224)
     pipeline = StableVideoDiffusionPipeline(
         AutoencoderKLTemporalDecoder.from_pretrained(folder / "vae"),
         CLIPVisionModelWithProjection.from_pretrained(folder / "image_encoder"),

@@ -23,6 +23,12 @@ def test_without_a_length_for_few_references_all_trainings_are_alike():
     assert own_length(config, 3) == 3000
 
 
+def test_where_no_number_of_references_is_few_the_training_is_long():
+    config = of_1500_to_3000_steps()
+    config.pipeline.model.few_views = 0
+    assert own_length(config, 3) == 3000
+
+
 def test_a_squeezed_schedule_keeps_its_shares():
     config, before = of_1500_to_3000_steps(), of_1500_to_3000_steps()
     fit_schedule(config, 300)
