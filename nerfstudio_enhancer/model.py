@@ -40,6 +40,7 @@ from nerfstudio_enhancer.random_state import step_generator, step_seed
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.render_repair import RenderRepair, RepairableOutputs
 from nerfstudio_enhancer.scene.sparse_views import NUM_SEEN_POINTS
+from nerfstudio_enhancer.schedule import whole_length
 from nerfstudio_enhancer.viewer import EnhancerControls
 
 if TYPE_CHECKING:
@@ -252,7 +253,7 @@ class EnhancerModel(SplatfactoModel):
         begin = getattr(trainer, "_start_step", 0)  # of a resumed training, whose number of steps counts from there
         if begin > 0:
             take_up_schedule(self.config.enhance, trainer, begin)
-        self.config.fit_to(begin + trainer.config.max_num_iterations)
+        self.config.fit_to(whole_length(trainer))
         rounds = Rounds(self, cast("EnhancerDataManager", pipeline.datamanager), trainer)
         before = TrainingCallbackLocation.BEFORE_TRAIN_ITERATION
         return [TrainingCallback([before], rounds.run_if_due), *callbacks]

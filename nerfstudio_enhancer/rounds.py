@@ -25,6 +25,7 @@ from nerfstudio_enhancer.names import FLICKER, RENDER_FLICKER
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.random_state import step_generator
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
+from nerfstudio_enhancer.schedule import whole_length
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import Trainer
@@ -168,7 +169,7 @@ class Rounds:
 
     def _warn_of_late_rounds(self) -> None:
         """Of those that the training ends before, by someone's own numbers of steps."""
-        end = self.trainer.config.max_num_iterations + getattr(self.trainer, "_start_step", 0)
+        end = whole_length(self.trainer)
         late = [step for step in self.scheduled if step >= end]
         if late:
             CONSOLE.log(

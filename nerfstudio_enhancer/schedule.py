@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
-    from nerfstudio.engine.trainer import TrainerConfig
+    from nerfstudio.engine.trainer import Trainer, TrainerConfig
 
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.trainer import EnhancerTrainerConfig
@@ -26,6 +26,11 @@ def own_length(config: TrainerConfig, references: int | None) -> int:
         return most
     few_views = cast("EnhancerModelConfig", config.pipeline.model).few_views
     return min(most, max(least, round(least * references / max(few_views, 1))))
+
+
+def whole_length(trainer: Trainer) -> int:
+    """Steps of a whole training, also where it goes on from a checkpoint, from which nerfstudio counts those that it is given."""
+    return trainer.config.max_num_iterations + getattr(trainer, "_start_step", 0)
 
 
 def squeeze(config: TrainerConfig, steps: int) -> None:

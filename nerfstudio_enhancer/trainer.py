@@ -15,7 +15,7 @@ from nerfstudio.utils.rich_utils import CONSOLE
 from nerfstudio_enhancer.rasterize.dispatch import check_cuda_kernels
 from nerfstudio_enhancer.rounds import check_settings
 from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
-from nerfstudio_enhancer.schedule import own_length, squeeze
+from nerfstudio_enhancer.schedule import own_length, squeeze, whole_length
 
 if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModelConfig
@@ -36,9 +36,8 @@ def read_references(config: TrainerConfig) -> DataparserOutputs | None:
     return replace(parser, data=Path(data), seed_points="none").setup().get_dataparser_outputs(split="train")
 
 
-def count_references(config: TrainerConfig) -> int | None:
-    """Number of reference views that a training is about to read; None with another dataparser than ours."""
-    outputs = read_references(config)
+def count_references(outputs: DataparserOutputs | None) -> int | None:
+    """Number of the views of `read_references`; None where it does not know them."""
     return None if outputs is None else len(outputs.image_filenames)
 
 
@@ -115,7 +114,7 @@ class EnhancerTrainer(Trainer):
         check_precision(self.config)
         outputs = read_references(self.config)
         check_resumed_run(self.config, outputs)
-        count = None if outputs is None else len(outputs.image_filenames)
+        count = count_references(outputs)
         if count is not None:  # before minutes of search for seed points, not after
             check_settings(cast("EnhancerModelConfig", self.config.pipeline.model).enhance, count)
         self._own_length = own_length(self.config, count)
@@ -148,7 +147,7 @@ class EnhancerTrainer(Trainer):
             self.config.max_num_iterations = self._own_length - start
         if start > 0:
             CONSOLE.log(
-                f"Resumed at step {start}; the training ends with step {start + self.config.max_num_iterations - 1} "
+                f"Resumed at step {start}; the training ends with step {whole_length(self) - 1} "
                 "(`--max-num-iterations` counts from the checkpoint)."
             )
 

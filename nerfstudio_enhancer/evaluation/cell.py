@@ -34,7 +34,7 @@ from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.rounds import VIEWS_FOLDER, references_of
 from nerfstudio_enhancer.scene.sparse_views import STEREO_DEPTH
 from nerfstudio_enhancer.schedule import fit_schedule, own_length
-from nerfstudio_enhancer.trainer import count_references
+from nerfstudio_enhancer.trainer import count_references, read_references
 from nerfstudio_enhancer.warping import WarpSources, seen_share
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def cell_config(cell: Cell, settings: CellSettings) -> TrainerConfig:
     config.machine.seed = cell.seed
     if settings.scale.max_image_size is not None:
         datamanager.max_image_size = settings.scale.max_image_size
-    fit_schedule(config, settings.scale.steps or own_length(config, count_references(config)))
+    fit_schedule(config, settings.scale.steps or own_length(config, count_references(read_references(config))))
     config.output_dir = settings.output / RUNS_FOLDER
     config.experiment_name = cell.place
     config.timestamp = cell.method

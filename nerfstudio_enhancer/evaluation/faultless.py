@@ -16,6 +16,7 @@ from nerfstudio_enhancer.pairs.path_runs import World, read_whole_splats, store_
 from nerfstudio_enhancer.rendering import render_clip
 from nerfstudio_enhancer.scene.capture import read_capture
 from nerfstudio_enhancer.scene.sparse_views import PHOTOGRAPH_NAMES
+from nerfstudio_enhancer.schedule import whole_length
 
 if TYPE_CHECKING:
     from nerfstudio.engine.trainer import Trainer
@@ -38,7 +39,7 @@ class FaultlessFrames:
             trainer: of the run; its references and unused views are what the splats learn from, never its test views.
         """
         datamanager = cast("EnhancerDataManager", trainer.pipeline.datamanager)
-        steps, size = round(STEPS_PER_STEP * _whole_length(trainer)), datamanager.config.max_image_size
+        steps, size = round(STEPS_PER_STEP * whole_length(trainer)), datamanager.config.max_image_size
         path = Path(trainer.base_dir).parent / SPLATS_FILE.format(steps=steps, size=size or "full")
         if not path.is_file():
             known = (datamanager.train_dataset.metadata, datamanager.unused_views().metadata)
@@ -61,8 +62,3 @@ class FaultlessFrames:
 def names_in_capture(data: Path, wanted: Set[str]) -> tuple[str, ...]:
     """Names of photographs in the order of their capture."""
     return tuple(frame.name for frame in read_capture(data).frames if frame.name in wanted)
-
-
-def _whole_length(trainer: Trainer) -> int:
-    """Steps of the whole run, also where it goes on from a checkpoint."""
-    return trainer.config.max_num_iterations + getattr(trainer, "_start_step", 0)
