@@ -67,9 +67,11 @@ class _ContiguousBackward(torch.autograd.Function):
 
 
 class TemporalConv3d(nn.Conv3d):
-    """A convolution over frames alone, on CPUs as one matrix product: torch 2.14 has no fast kernel for it.
+    """A convolution over frames alone, on CPUs as one matrix product or as one of pictures: torch 2.14 has no fast kernel for it.
 
-    On one thread, forward and backward: 0.10 s for 0.21 s with 32 channels and 15 frames of 80 x 80, 0.028 s for 0.045 s
+    As one of pictures as wide as a frame has pixels and as high as there are frames it needs no copies; on one thread, for 32
+    channels and 10 frames of 240 x 180, 0.08 s where the matrix product takes 0.30 s. Forward and backward, where gradients are
+    asked for, the latter is faster: 0.10 s for 0.21 s of torch's own with 32 channels and 15 frames of 80 x 80, 0.028 s for 0.045 s
     with 128 channels of 20 x 20. Sums are rounded in another order.
     """
 
@@ -85,6 +87,10 @@ class TemporalConv3d(nn.Conv3d):
         if input.device.type != "cpu" or input.ndim != 5:
             return super().forward(input)
         beside, frames = self.kernel_size[0] // 2, input.shape[2]
+        if not torch.is_grad_enabled():
+            wide = input.permute(0, 2, 3, 4, 1).flatten(2, 3).permute(0, 3, 1, 2)
+            wide = F.conv2d(wide, self.weight[..., 0], self.bias, padding=(beside, 0))
+            return wide.unflatten(3, input.shape[3:])
         pixels = F.pad(input.permute(0, 2, 3, 4, 1), (0, 0, 0, 0, 0, 0, beside, beside))
         neighbours = torch.cat([pixels[:, i : i + frames] for i in range(2 * beside + 1)], dim=-1)
         weight = self.weight[..., 0, 0].transpose(1, 2).flatten(1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from diffusion_prior.kept_memory import keep_freed_memory
 from diffusion_prior.memory import GIB, MemoryEstimate, estimate_memory
 from diffusion_prior.prior import VideoPrior
 from diffusion_prior.types import ConditionClip
@@ -60,6 +61,7 @@ def time_clip(prior: VideoPrior, num_frames: int, height: int, width: int, repea
     if repeats < 1:
         raise ValueError(f"`repeats` must be at least 1, got {repeats}.")
     let_waiting_threads_sleep()
+    keep_freed_memory(prior.device)
     clip = noise_clip(num_frames, height, width)
     estimate = estimate_memory(prior, num_frames, height, width, prior.preset)
     prior.enhance(clip, torch.Generator().manual_seed(0))

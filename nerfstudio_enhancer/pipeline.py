@@ -9,6 +9,7 @@ import torch
 from nerfstudio.pipelines.base_pipeline import VanillaPipeline, VanillaPipelineConfig
 from nerfstudio.utils.rich_utils import CONSOLE
 
+from diffusion_prior.kept_memory import keep_freed_memory
 from diffusion_prior.waiting_threads import let_waiting_threads_sleep
 from nerfstudio_enhancer.prior import LazyPrior
 from nerfstudio_enhancer.render_repair import RenderRepair
@@ -37,6 +38,7 @@ class EnhancerPipeline(VanillaPipeline):
         **kwargs,
     ) -> None:
         let_waiting_threads_sleep()
+        keep_freed_memory(device)
         super().__init__(config, cast("str", device), test_mode, **kwargs)  # its commands pass a torch.device too
         model = cast("EnhancerModel", self.model)
         enhance = model.config.enhance

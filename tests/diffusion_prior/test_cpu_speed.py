@@ -51,6 +51,9 @@ def test_a_convolution_over_frames_equals_torch_forward_and_backward(kernel, ord
         results.append((out.detach(), leaf.grad, conv.weight.grad, conv.bias.grad))
     for expected, got in zip(*results):
         torch.testing.assert_close(got, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), stock(x))
+        assert ours(x).stride() == ours(x.requires_grad_()).stride()
 
 
 @pytest.mark.parametrize(
