@@ -72,6 +72,16 @@ def check_resumed_run(config: TrainerConfig, outputs: DataparserOutputs | None) 
         )
 
 
+def named_start(config: TrainerConfig) -> int:
+    """Step that a resumed training goes on from, by its checkpoint's name; 0 where there is none or its name does not say."""
+    path = config.load_checkpoint
+    if config.load_dir is not None:
+        found = sorted(config.load_dir.glob("step-*.ckpt"))
+        path = found[-1] if config.load_step is None and found else Path(f"step-{config.load_step or 0:09d}.ckpt")
+    step = "" if path is None else path.stem.removeprefix("step-")
+    return int(step) + 1 if step.isdecimal() else 0
+
+
 def check_precision(config: TrainerConfig) -> None:
     """Refuse scaled gradients, which densification would take for large ones.
 
@@ -118,6 +128,7 @@ class EnhancerTrainer(Trainer):
         if count is not None:  # before minutes of search for seed points, not after
             check_settings(cast("EnhancerModelConfig", self.config.pipeline.model).enhance, count)
         self._own_length = own_length(self.config, count)
+        self._refuse_finished(named_start(self.config))
         if self._own_length != self.config.schedule_iterations:
             squeeze(self.config, self._own_length)
         given, size = self.config.max_num_iterations, getattr(self.config.pipeline.datamanager, "max_image_size", None)
@@ -130,6 +141,13 @@ class EnhancerTrainer(Trainer):
             check_cuda_kernels()
         super().setup(test_mode)
 
+    def _refuse_finished(self, start: int) -> None:
+        if self.config.max_num_iterations is None and start >= self._own_length:
+            raise ValueError(
+                f"The training that `--load-dir` or `--load-checkpoint` names is at its end, {self._own_length} steps. "
+                "Give `--max-num-iterations` with the number of steps to train on."
+            )
+
     def _load_checkpoint(self) -> None:
         """As nerfstudio does; then it is known how many steps are left, which the callbacks ask for.
 
@@ -138,12 +156,8 @@ class EnhancerTrainer(Trainer):
         """
         super()._load_checkpoint()
         start = self._start_step
+        self._refuse_finished(start)
         if self.config.max_num_iterations is None:
-            if start >= self._own_length:
-                raise ValueError(
-                    f"The training that `--load-dir` or `--load-checkpoint` names is at its end, {self._own_length} steps. "
-                    "Give `--max-num-iterations` with the number of steps to train on."
-                )
             self.config.max_num_iterations = self._own_length - start
         if start > 0:
             CONSOLE.log(
