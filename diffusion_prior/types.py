@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -56,6 +56,17 @@ class ConditionClip:
     def num_frames(self) -> int:
         """Frames including both references."""
         return self.rgb.shape[0]
+
+    def between(self, frames: range) -> ConditionClip:
+        """The same clip with these of its frames alone between its two references.
+
+        Args:
+            frames: indices in this clip, neither 0 nor t-1.
+        """
+        index = [0, *frames, self.num_frames - 1]
+        names = ("rgb", "alpha", "disparity", "warped", "camera_to_world")
+        kept = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if given is None else given[index] for name, given in kept.items()})
 
     def warps(self, count: int) -> Float[Tensor, "t warps h w"]:
         """The best `count` warped references; those that the clip lacks are seen nowhere."""

@@ -25,6 +25,7 @@ def _full_size() -> MethodSpecification:
         "3DGS-Enhancer with a prior of the paper's size, Stable Video Diffusion or one trained from it (CUDA).",
         prior=SVD_REPOSITORY,
         rounds=2,  # each takes minutes
+        whole_paths=True,
         repair_share=0.0,  # seconds for each test view
         trajectory=TrajectoryConfig(min_frames=between, max_frames=between, max_total_frames=SVD_PATHS * between),
     )

@@ -28,19 +28,19 @@ MAX_ROWS = 24
 def write_round_pictures(folder: Path, clips: list[RoundClip]) -> None:
     """Write `frames/clip-NN-frame-NN.png` and `contact_sheet.png` (render | enhanced | confidence) into a round's folder.
 
-    Clips of which nothing is needed are left out; where nothing at all is, nothing is written.
+    Frames that are not fed back are left out; where none is, nothing is written.
     """
-    repaired = [(number, clip) for number, clip in enumerate(clips) if clip.repaired]
-    if not repaired:
+    fed = [(number, clip) for number, clip in enumerate(clips) if clip.fed]
+    if not fed:
         return
     frames = folder / "frames"
     frames.mkdir(exist_ok=True)
     rows = []
-    for number, clip in repaired:
+    for number, clip in fed:
         views = clip.views
-        for index in range(views.num_views):
+        for index in clip.fed:
             write_png(frames / f"clip-{number:02d}-frame-{index:02d}.png", views.rgb[index])
-        for index in sorted({round(float(i)) for i in torch.linspace(0, views.num_views - 1, FRAMES_PER_CLIP)}):
+        for index in sorted({round(float(i)) for i in torch.linspace(clip.fed[0], clip.fed[-1], FRAMES_PER_CLIP)}):
             confidence = views.pixel_confidence[index].float() * views.image_confidence[index]
             rows.append(
                 [clip.rendered[index], views.rgb[index], (confidence / 2).clamp(0, 1).expand_as(views.rgb[index])]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import torch
@@ -51,12 +52,17 @@ class EnhanceConfig:
     """Training steps between two rounds; None: a sixth of the training."""
     rounds: int = 1
     """Number of rounds; each replaces the enhanced views of the one before it."""
+    diffusion_rounds: int = 2
+    """How many of the rounds sample and decode, the last ones. Those before them, whose views are trained on for a while alone,
+    mend the large shapes of the renders only, in a part of the time, where the prior has a coarse repair."""
     ratio: float = 0.5
     """Probability that a batch is an enhanced view once a round has run, in [0, 1], where all views are needed in full."""
     unseen_range: tuple[float, float] = (0.2, 0.6)
     """Share of a view's pixels that no reference sees: up to the first number the view is not needed, from the second on in
-    full, in between in part. So where references see what the paths show, they are what is trained on, and paths of which no
-    view is needed are not repaired. (0, 0) needs all."""
+    full, in between in part. So where references see what the paths show, they are what is trained on, and what of a path lies
+    before the first view that is needed, or behind the last, is not repaired. (0, 0) needs all."""
+    whole_paths: bool = False
+    """Repair all of a path of which any view is needed, for priors that were trained on clips of one length."""
     lpips_weight: float = 0.05
     """Weight of LPIPS between splats and enhanced views; it forgives small shifts between views and costs time."""
     image_confidence: bool = True
@@ -112,9 +118,9 @@ class RoundClip:
     views: EnhancedViews
     rendered: Float[Tensor, "t h w 3"]
     frame_difference: tuple[float, float] | None
-    """`warping.frame_difference` of the views and of the renders; None for a single view, and where the views are renders."""
-    repaired: bool
-    """Whether the views are what is fed back; else none of them is needed, and they are the renders."""
+    """`warping.frame_difference` of what is fed back and of its renders; None for less than two frames."""
+    fed: range
+    """Which of the views are what is fed back, from the first to the last one that is needed; the others are the renders."""
 
 
 def enhance_step(
@@ -168,22 +174,30 @@ class _UnweighedClip:
     need: Float[Tensor, " t"]
     agreement: Float[Tensor, "t h w 1"]
     differences: tuple[float, float] | None
-    repaired: bool
+    fed: range
 
     @classmethod
-    def of(cls, rgb, rendered: RenderedClip, cameras: Cameras, need, agreement) -> _UnweighedClip:
-        """One clip, kept in the CPU's memory: a round has many, and a GPU has its prior to hold."""
+    def of(cls, rendered: RenderedClip, cameras: Cameras, need, fed: range, frames, agreement) -> _UnweighedClip:
+        """One clip, kept in the CPU's memory: a round has many, and a GPU has its prior to hold.
+
+        Args:
+            rendered: the renders.
+            cameras: theirs.
+            need: of each of them.
+            fed: those in whose place something is fed back; the others are not needed.
+            frames: which is that.
+            agreement: of that with the references.
+        """
+        at = slice(fed.start, fed.stop)
+        rgb, agrees = rendered.rgb.clone(), torch.ones_like(rendered.alpha)
+        rgb[at], agrees[at] = frames, agreement
         ours, renders = (
-            frame_difference(shown, rendered.depth, rendered.alpha, cameras) for shown in (rgb, rendered.rgb)
+            frame_difference(shown[at], rendered.depth[at], rendered.alpha[at], cameras[at])
+            for shown in (rgb, rendered.rgb)
         )
         differences = None if ours is None or renders is None else (ours, renders)
-        return cls(rgb.cpu(), _each(rendered, Tensor.cpu), cameras, need, agreement.cpu(), differences, repaired=True)
-
-    @classmethod
-    def unneeded(cls, rendered: RenderedClip, cameras: Cameras, need) -> _UnweighedClip:
-        """One clip of which nothing will be drawn."""
-        kept = _each(rendered, Tensor.cpu)
-        return cls(kept.rgb, kept, cameras, need, torch.ones_like(kept.alpha), None, repaired=False)
+        need = need * agrees.mean(dim=(1, 2, 3)).cpu()
+        return cls(rgb.cpu(), _each(rendered, Tensor.cpu), cameras, need, agrees.cpu(), differences, fed)
 
 
 def _each(rendered: RenderedClip, change: Callable[[Tensor], Tensor]) -> RenderedClip:
@@ -207,25 +221,36 @@ def _path_clips(model, references, config, prior, generator, on_progress, faultl
         rendered = render_clip(model, cameras.to(model.device))
         ends = reference_frame(references, first, rendered), reference_frame(references, last, rendered)
         condition = condition_clip(rendered, ends, cameras, sources)
-        middle = _each(rendered, lambda value: value[inner])
         need = view_need(condition, config.unseen_range, references.transparent)[inner].cpu()
-        if need.any():
+        fed = _fed_span(need, config.whole_paths)
+        renders = _each(rendered, itemgetter(inner))
+        frames, agreement = renders.rgb[:0], renders.alpha[:0]
+        if fed:  # a prior takes seconds a frame, and well covered scenes need few
+            part = slice(fed.start + 1, fed.stop + 1)
+            shown = condition.between(range(part.start, part.stop))
             if config.feed == "faultless":
-                frames = faultless(cameras).to(rendered.rgb)
+                frames = faultless(cameras[part]).to(rendered.rgb)
             else:
-                frames = _feed(rendered, condition, config, prior, generator, mean.to(rendered.rgb))
-            agreement = torch.ones_like(middle.alpha)
+                frames = _feed(
+                    _each(rendered, itemgetter(part)), shown, config, prior, generator, mean.to(rendered.rgb)
+                )
+            agreement = torch.ones_like(frames[..., :1])
             if config.reference_agreement and config.feed == "enhanced":
-                assert condition.warped is not None
-                agreement = reference_agreement(frames[inner].clamp(0, 1), middle.rgb, condition.warped[inner])
-                need = need * agreement.mean(dim=(1, 2, 3)).cpu()
-            clips.append(_UnweighedClip.of(frames[inner], middle, cameras[inner], need, agreement))
-        else:  # a prior takes seconds a frame, and well covered scenes have many such paths
-            clips.append(_UnweighedClip.unneeded(middle, cameras[inner], need))
-        done += middle.rgb.shape[0]
+                assert shown.warped is not None
+                agreement = reference_agreement(frames.clamp(0, 1), rendered.rgb[part], shown.warped[inner])
+        clips.append(_UnweighedClip.of(renders, cameras[inner], need, fed, frames, agreement))
+        done += len(need)
         if on_progress is not None:
             on_progress(done, total)
     return clips
+
+
+def _fed_span(need: Float[Tensor, " t"], whole: bool) -> range:
+    """From the first to the last frame that is needed at all, or all frames; empty where none is needed."""
+    needed = need.nonzero().flatten().tolist()
+    if not needed:
+        return range(0)
+    return range(len(need)) if whole else range(needed[0], needed[-1] + 1)
 
 
 def view_need(
@@ -247,7 +272,7 @@ def view_need(
 
 
 def _feed(rendered, condition, config, prior, generator, mean_colour) -> Float[Tensor, "t h w 3"]:
-    """The frames that are fed back for one rendered clip."""
+    """The frames that are fed back for the rendered ones, which `condition` has between its references."""
     if config.feed == "renders":
         return rendered.rgb
     if config.feed == "mean-filled":
@@ -258,7 +283,7 @@ def _feed(rendered, condition, config, prior, generator, mean_colour) -> Float[T
         return to_channels_last(gaussian_blur(to_channels_first(rendered.rgb), [size, size], [sigma, sigma]))
     assert prior is not None
     shown = condition if config.warp_references else replace(condition, warped=None)
-    return to_channels_last(prior.enhance(shown, generator).rgb).to(rendered.rgb)
+    return to_channels_last(prior.enhance(shown, generator).rgb[1:-1]).to(rendered.rgb)
 
 
 def condition_clip(
@@ -300,7 +325,7 @@ def _oracle_clip(model, oracle: References, index: int) -> _UnweighedClip:
     camera = oracle.cameras[index : index + 1]
     rendered = render_clip(model, camera.to(model.device))
     photograph = oracle.photographs[index][None].to(rendered.rgb)
-    return _UnweighedClip.of(photograph, rendered, camera, torch.ones(1), torch.ones_like(rendered.alpha))
+    return _UnweighedClip.of(rendered, camera, torch.ones(1), range(1), photograph, torch.ones_like(rendered.alpha))
 
 
 def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceConfig) -> list[RoundClip]:
@@ -330,7 +355,7 @@ def _weigh(clips: list[_UnweighedClip], references: References, config: EnhanceC
             intrinsics=intrinsics,
             alpha=clip.rendered.alpha.half() if references.transparent and not trusted else None,
         )
-        out.append(RoundClip(views, clip.rendered.rgb, clip.differences, clip.repaired))
+        out.append(RoundClip(views, clip.rendered.rgb, clip.differences, clip.fed))
         start += count
     return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,6 +35,14 @@ class LazyPrior:
         from diffusion_prior.checkpoints import resolve
 
         self.sampling.check_against(resolve(self.name).has_coarse)
+
+    def without_diffusion(self) -> LazyPrior:
+        """The same prior with its coarse repair alone; as it is, where it has none or is told to leave it out."""
+        from diffusion_prior.checkpoints import resolve
+
+        if not (self.sampling.coarse and resolve(self.name).has_coarse):
+            return self
+        return LazyPrior(self.name, self.device, replace(self.sampling, diffusion=False))
 
     def enhance(self, clip: ConditionClip, generator: torch.Generator) -> EnhancedClip:
         """Repair a clip; see `diffusion_prior.prior.VideoPrior.enhance`.

@@ -106,7 +106,7 @@ class Rounds:
         self.trainer.save_checkpoint(step - 1)
         references = dataclasses.replace(self.references, cameras=self.model.learnt_cameras(self.references.cameras))
         oracle = self._oracle() if self.config.feed == "photographs" else None
-        prior = self._prior() if self.config.feed == "enhanced" else None
+        prior = self._prior_of(step) if self.config.feed == "enhanced" else None
         faultless = self._faultless() if self.config.feed == "faultless" else None
         CONSOLE.log(f"Enhancement round before step {step} (feed: {self.config.feed})")
         with _progress() as progress:
@@ -127,6 +127,11 @@ class Rounds:
     def _prior(self) -> LazyPrior:
         return LazyPrior(self.config.prior, self.model.device, self.config.sampling)
 
+    def _prior_of(self, step: int) -> LazyPrior:
+        """The prior as a round runs it: early ones of the schedule by its coarse repair alone, those asked for in the viewer whole."""
+        early = self.scheduled[: max(self.config.rounds - self.config.diffusion_rounds, 0)]
+        return self._prior().without_diffusion() if step in early else self._prior()
+
     def _keep(self, step: int, clips: list[RoundClip]) -> None:
         self.store.add(step, [clip.views for clip in clips])
         try:
@@ -140,9 +145,11 @@ class Rounds:
             )
             if self.store.share == 0:
                 CONSOLE.log(f"That is less than {LEAST_NEED:.0%}: the training goes on without them.")
-            left = sum(not clip.repaired for clip in clips)
+            left = self.store.num_views - sum(len(clip.fed) for clip in clips)
             if left:
-                CONSOLE.log(f"{left} of {len(clips)} paths are left as rendered: the references see all of them.")
+                CONSOLE.log(
+                    f"{left} of {self.store.num_views} views are left as rendered: the references see what they show."
+                )
             if figures:
                 CONSOLE.log(
                     f"From frame to frame they differ by {figures[FLICKER]:.4f}, the renders by {figures[RENDER_FLICKER]:.4f} "
@@ -250,6 +257,8 @@ def check_settings(config: EnhanceConfig, num_references: int) -> None:
         raise ValueError(f"enhance.ratio is a probability in [0, 1], got {config.ratio}.")
     if not 0 <= config.repair_share <= 1:
         raise ValueError(f"enhance.repair_share is a share in [0, 1], got {config.repair_share}.")
+    if config.diffusion_rounds < 0:
+        raise ValueError(f"enhance.diffusion_rounds must be at least 0, got {config.diffusion_rounds}.")
     low, high = config.unseen_range
     if not (0 <= low < high <= 1 or low == high == 0):
         raise ValueError(

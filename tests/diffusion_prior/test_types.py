@@ -57,3 +57,17 @@ def test_as_many_warped_references_as_are_asked_for_come_and_those_that_lack_are
     assert torch.equal(taken[:, :known], warped[:, :known])
     assert not taken[:, known:].any()
     assert not clip.warps(count).any()
+
+
+def test_some_frames_between_the_references_make_a_clip_of_their_own():
+    clip = random_clip(6)
+    part = clip.between(range(2, 4))
+    for name in ("rgb", "alpha", "disparity"):
+        assert torch.equal(getattr(part, name), getattr(clip, name)[[0, 2, 3, 5]])
+    assert part.warped is None
+    assert part.camera_to_world is None
+    warped, poses = torch.rand(6, 4, 16, 24), torch.eye(3, 4).repeat(6, 1, 1) * torch.arange(6)[:, None, None]
+    part = dataclasses.replace(clip, warped=warped, camera_to_world=poses, fov_x_rad=1.0).between(range(1, 2))
+    assert torch.equal(part.warped, warped[[0, 1, 5]])
+    assert torch.equal(part.camera_to_world, poses[[0, 1, 5]])
+    assert part.fov_x_rad == 1.0

@@ -16,8 +16,11 @@ from nerfstudio.scripts.eval import ComputePSNR
 from nerfstudio.scripts.exporter import ExportGaussianSplat
 from nerfstudio.scripts.render import DatasetRender, RenderInterpolated
 from plyfile import PlyData
+from tiny_prior import tiny_prior
 from tiny_training import START, STEPS, train
 
+from diffusion_prior.checkpoints import save_prior
+from diffusion_prior.coarse import CoarseRepair
 from nerfstudio_enhancer.enhance_step import enhance_step
 from nerfstudio_enhancer.enhanced_views import EnhancedViewStore, round_folder_name
 
@@ -117,13 +120,20 @@ def test_splats_are_shown_and_measured_where_their_prior_is_gone(config: Trainer
     assert "repaired_psnr" not in metrics
 
 
-@pytest.mark.parametrize("name", ["repair_share", "ratio"])
-def test_a_share_that_is_none_is_refused_before_seed_points_are_searched(
-    config: TrainerConfig, monkeypatch, name: str
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("repair_share", 1.5, r"is a .* in \[0, 1\], got 1.5"),
+        ("ratio", 1.5, r"is a .* in \[0, 1\], got 1.5"),
+        ("diffusion_rounds", -1, "must be at least 0, got -1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_before_seed_points_are_searched(
+    config: TrainerConfig, monkeypatch, name: str, value: float, rule: str
 ) -> None:
     monkeypatch.setattr("nerfstudio_enhancer.initial_splats.seed_points", None)
-    setattr(config.pipeline.model.enhance, name, 1.5)
-    with pytest.raises(ValueError, match=rf"{name} is a .* in \[0, 1\], got 1.5"):
+    setattr(config.pipeline.model.enhance, name, value)
+    with pytest.raises(ValueError, match=f"{name} {rule}"):
         train(config)
 
 
@@ -328,7 +338,9 @@ def test_splats_of_other_references_are_not_gone_on_with(config: TrainerConfig) 
     assert checkpoints(train(config)) == [f"step-{2 * STEPS - 1:09d}.ckpt"]
 
 
-def test_the_references_decide_the_length_and_a_resumed_run_goes_on_to_its_end(config: TrainerConfig) -> None:
+def test_the_references_decide_the_length_and_a_resumed_run_goes_on_to_its_end(
+    config: TrainerConfig, tmp_path: Path, monkeypatch
+) -> None:
     config.pipeline.model.enhance.prior, config.pipeline.model.stop_split_at = "none", 6
     whole = copy.deepcopy(config)
     config.max_num_iterations = START
@@ -345,8 +357,16 @@ def test_the_references_decide_the_length_and_a_resumed_run_goes_on_to_its_end(c
     assert resumed.pipeline.model.stop_split_at == 3
     whole.timestamp = "whole"
     assert checkpoints(train(whole)) == [f"step-{STEPS - 1:09d}.ckpt"]
-    config.load_dir = whole.get_base_dir() / "nerfstudio_models"
-    with pytest.raises(ValueError, match=rf"at its end, {STEPS} steps.*--max-num-iterations"):
+    finished = whole.get_base_dir() / "nerfstudio_models" / f"step-{STEPS - 1:09d}.ckpt"
+    rule = rf"at its end, {STEPS} steps.*--max-num-iterations"
+    with monkeypatch.context() as patch:
+        patch.setattr("nerfstudio_enhancer.initial_splats.seed_points", None)
+        for load_dir, load_checkpoint in ((finished.parent, None), (None, finished)):
+            config.load_dir, config.load_checkpoint = load_dir, load_checkpoint
+            with pytest.raises(ValueError, match=rule):
+                train(config)
+    config.load_checkpoint = finished.rename(tmp_path / "of another name.ckpt")
+    with pytest.raises(ValueError, match=rule):
         train(config)
 
 
@@ -354,6 +374,32 @@ def test_several_rounds_run_and_the_last_is_kept(config: TrainerConfig) -> None:
     config.pipeline.model.enhance.rounds = 2
     run = train(config)
     assert {path.name for path in (run / "enhanced_views").iterdir()} == {round_folder_name(4), round_folder_name(6)}
+
+
+@pytest.mark.parametrize(
+    ("sampling_rounds", "asked", "sampled"),
+    [(0, 0, [False] * 3), (2, 0, [False, True, True]), (4, 0, [True] * 3), (1, 5, [False, True, False, True])],
+)
+def test_the_last_rounds_alone_sample_and_those_that_are_asked_for(
+    config: TrainerConfig, tmp_path: Path, monkeypatch, sampling_rounds: int, asked: int, sampled: list[bool]
+) -> None:
+    prior = tiny_prior()
+    prior.set_coarse(CoarseRepair(side=8, folds=2, widths=(4, 8), gate_widths=(4, 8)))
+    save_prior(prior, tmp_path / "coarse")
+    seen = []
+
+    def remember(model, references, enhance, lazy_prior, *args):
+        seen.append(lazy_prior.sampling.diffusion)
+        if len(seen) == 1 and asked:
+            model.enhancer_controls.run_round.cb_hook(model.enhancer_controls.run_round)
+        return enhance_step(model, references, enhance, lazy_prior, *args)
+
+    monkeypatch.setattr("nerfstudio_enhancer.rounds.enhance_step", remember)
+    enhance = config.pipeline.model.enhance
+    enhance.prior, enhance.rounds, enhance.every = str(tmp_path / "coarse"), 3, 2 if asked else 1
+    enhance.diffusion_rounds, config.max_num_iterations = sampling_rounds, START + 5
+    train(config)
+    assert seen == sampled
 
 
 def test_a_disk_that_fills_up_during_training_leaves_the_older_checkpoint(config: TrainerConfig, monkeypatch) -> None:

@@ -52,6 +52,7 @@ def test_the_full_size_method_is_the_other_but_for_its_prior_its_rounds_and_the_
         "method_name": SVD,
         f"{enhance}.prior": "stabilityai/stable-video-diffusion-img2vid-xt",
         f"{enhance}.rounds": 2,
+        f"{enhance}.whole_paths": True,
         f"{enhance}.repair_share": 0.0,
         # 25 frames of a clip, of which two are references
         f"{enhance}.trajectory.min_frames": 23,

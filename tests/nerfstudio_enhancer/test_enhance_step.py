@@ -130,39 +130,56 @@ def test_a_prior_that_makes_noise_is_not_believed_where_nothing_is_seen_either(m
     assert share(reference_agreement=False) > 0.1
 
 
-def test_paths_of_which_no_view_is_needed_are_not_repaired(monkeypatch, tmp_path: Path):
-    repaired_clips = []
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_of_a_path_no_view_is_needed_of_is_not_repaired(monkeypatch, tmp_path: Path, whole: bool):
+    shown_clips = []
 
     class Darker:
         def enhance(self, clip, generator):
-            repaired_clips.append(clip)
+            shown_clips.append(clip)
             return EnhancedClip(clip.rgb / 2)
 
     model = splats_that_show_the_wall(monkeypatch)
-    sources = wall(0.0, 0.5, 1.0)
-    references = References(list(sources.photographs), sources.cameras)
-
-    # between neighbours that see all of it, and from there beyond: the fourth looks at another part of the wall
-    for beyond, expected in ((False, [False, False]), (True, [False, False, True])):
-        if beyond:
-            sources = wall(0.0, 0.5, 1.0, 9.0)
-            references = References(list(sources.photographs), sources.cameras)
-        repaired_clips.clear()
-        clips = enhance_step(model, references, EnhanceConfig(), Darker(), torch.Generator().manual_seed(0))
-        assert [clip.repaired for clip in clips] == expected
-        assert len(repaired_clips) == sum(expected)
+    config = EnhanceConfig(whole_paths=whole, unseen_range=(0.4, 0.8))
+    # neighbours that see all of what lies between them, and one that looks at another part of the wall
+    for places, ends_of_fed in (((0.0, 0.5, 1.0), []), ((0.0, 0.5, 1.0, 9.0), [(1.0, 9.0)])):
+        sources = wall(*places)
+        references = References(list(sources.photographs), sources.cameras)
+        shown_clips.clear()
+        clips = enhance_step(model, references, config, Darker(), torch.Generator().manual_seed(0))
+        assert sum(bool(clip.fed) for clip in clips) == len(shown_clips) == len(ends_of_fed)
         for clip in clips:
-            assert bool(clip.views.need.any()) == clip.repaired
-            assert (clip.frame_difference is None) != clip.repaired
-            shown = 0.25 if clip.repaired else 0.5
-            assert torch.equal(clip.views.rgb, torch.full_like(clip.views.rgb, shown))
-        folder = tmp_path / str(beyond)
+            needed = clip.views.need > 0
+            fed = torch.zeros_like(needed)
+            fed[clip.fed.start : clip.fed.stop] = True
+            assert torch.equal(fed, needed.any().expand_as(fed) if whole else needed)  # they lie next to each other
+            assert (clip.frame_difference is None) == (len(clip.fed) < 2)
+            told = torch.where(fed, 0.25, 0.5)[:, None, None, None]
+            assert torch.equal(clip.views.rgb, told.expand_as(clip.views.rgb).half())
+        for told, (first, last) in zip(shown_clips, ends_of_fed):
+            (clip,) = (clip for clip in clips if clip.fed)
+            assert told.num_frames == len(clip.fed) + 2
+            assert whole or len(clip.fed) < clip.views.num_views
+            for frame, place in ((0, first), (-1, last)):
+                photograph = sources.photographs[places.index(place)]
+                assert torch.equal(told.rgb[frame], photograph.permute(2, 0, 1))
+            x = told.camera_to_world[1:-1, 0, 3]
+            torch.testing.assert_close(x, clip.views.camera_to_world[clip.fed.start : clip.fed.stop, 0, 3])
+        folder = tmp_path / str(len(places))
         folder.mkdir()
         write_round_pictures(folder, clips)
-        shown_frames = sum(clip.views.num_views for clip in clips if clip.repaired)
-        assert len(list(folder.rglob("clip-*.png"))) == shown_frames
-        assert (folder / "contact_sheet.png").exists() == beyond
+        assert len(list(folder.rglob("clip-*.png"))) == sum(len(clip.fed) for clip in clips)
+        assert (folder / "contact_sheet.png").exists() == bool(ends_of_fed)
 
+
+def test_every_view_is_repaired_where_all_are_needed(monkeypatch):
+    class Same:
+        def enhance(self, clip, generator):
+            return EnhancedClip(clip.rgb)
+
+    sources = wall(0.0, 0.5, 1.0)
+    references = References(list(sources.photographs), sources.cameras)
     everything = EnhanceConfig(unseen_range=(0.0, 0.0))
-    clips = enhance_step(model, references, everything, Darker(), torch.Generator().manual_seed(0))
-    assert all(clip.repaired for clip in clips)
+    model = splats_that_show_the_wall(monkeypatch)
+    clips = enhance_step(model, references, everything, Same(), torch.Generator().manual_seed(0))
+    assert all(len(clip.fed) == clip.views.num_views for clip in clips)

@@ -16,6 +16,16 @@ def test_a_prior_that_would_repair_nothing_is_refused_before_training(tmp_path):
         LazyPrior(str(tmp_path / "prior"), "cpu", SamplingConfig(diffusion=False)).find()
 
 
+def test_diffusion_is_left_out_where_a_coarse_repair_does_something_without_it(tmp_path):
+    alone = LazyPrior("bundled", "cpu", SamplingConfig(seed=3)).without_diffusion()
+    assert alone.sampling == SamplingConfig(seed=3, diffusion=False)
+    left_out = LazyPrior("bundled", "cpu", SamplingConfig(coarse=False))
+    assert left_out.without_diffusion() is left_out
+    save_prior(tiny_prior(), tmp_path / "prior")
+    has_none = LazyPrior(str(tmp_path / "prior"), "cpu")
+    assert has_none.without_diffusion() is has_none
+
+
 def test_memory_is_planned_anew_for_a_clip_that_is_larger_than_all_before_it(tmp_path, monkeypatch):
     save_prior(tiny_prior(), tmp_path / "prior")
     planned = []
