@@ -32,9 +32,14 @@ def _full_size() -> MethodSpecification:
 
 
 def _compact() -> MethodSpecification:
+    from nerfstudio_enhancer.trajectory import TrajectoryConfig
+
+    # One window of the bundled prior holds eight frames and two references, and more frames on the same path teach no more.
+    short = TrajectoryConfig(min_frames=2, max_frames=8, max_total_frames=40)
     return _specification(
         "3dgs-enhancer",
         "3DGS-Enhancer: Gaussian splats from few photographs, repaired by a video diffusion prior (CPU or CUDA).",
+        trajectory=TrajectoryConfig() if ON_GPU else short,
     )
 
 

@@ -2,12 +2,14 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
 import torch
 from nerfstudio.configs.method_configs import all_descriptions, all_methods
 
+from diffusion_prior.checkpoints import BUNDLED
 from method_configs.enhancer import enhancer_method, enhancer_svd_method
 from nerfstudio_enhancer.trajectory import plan_trajectories
 
@@ -78,6 +80,18 @@ def test_every_path_at_full_size_is_one_clip_of_25_frames(references, paths):
     config = enhancer_svd_method.config.pipeline.model.enhance.trajectory
     planned = plan_trajectories(ring(references), config, torch.Generator())
     assert [len(path.camera_to_world) for path in planned] == [25] * paths
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has time for longer paths")
+@pytest.mark.parametrize(("references", "paths"), [(3, 3), (6, 6), (9, 9), (20, 20), (40, 20)])
+def test_every_path_on_a_cpu_is_one_window_of_the_bundled_prior(references, paths):
+    window = json.loads((BUNDLED / "prior_config.json").read_text())["num_frames"]
+    config = enhancer_method.config.pipeline.model.enhance.trajectory
+    planned = plan_trajectories(ring(references), config, torch.Generator())
+    lengths = [len(path.camera_to_world) for path in planned]
+    assert len(lengths) == paths
+    assert max(lengths) <= window
+    assert max(lengths) == window or references > 3
 
 
 def test_more_references_than_fit_leave_whole_clips():
