@@ -52,9 +52,9 @@ class EnhanceConfig:
     """Training steps between two rounds; None: a sixth of the training."""
     rounds: int = 1
     """Number of rounds; each replaces the enhanced views of the one before it."""
-    diffusion_rounds: int = 2
-    """How many of the rounds sample and decode, the last ones. Those before them, whose views are trained on for a while alone,
-    mend the large shapes of the renders only, in a part of the time, where the prior has a coarse repair."""
+    diffusion_rounds: int | None = None
+    """How many of the rounds sample and decode, the last ones; None: all. Those before them mend the large shapes of the renders
+    only, in a part of the time, where the prior has a coarse repair."""
     ratio: float = 0.5
     """Probability that a batch is an enhanced view once a round has run, in [0, 1], where all views are needed in full."""
     unseen_range: tuple[float, float] = (0.2, 0.6)

@@ -129,7 +129,8 @@ class Rounds:
 
     def _prior_of(self, step: int) -> LazyPrior:
         """The prior as a round runs it: early ones of the schedule by its coarse repair alone, those asked for in the viewer whole."""
-        early = self.scheduled[: max(self.config.rounds - self.config.diffusion_rounds, 0)]
+        whole = self.config.rounds if self.config.diffusion_rounds is None else self.config.diffusion_rounds
+        early = self.scheduled[: max(self.config.rounds - whole, 0)]
         return self._prior().without_diffusion() if step in early else self._prior()
 
     def _keep(self, step: int, clips: list[RoundClip]) -> None:
@@ -257,7 +258,7 @@ def check_settings(config: EnhanceConfig, num_references: int) -> None:
         raise ValueError(f"enhance.ratio is a probability in [0, 1], got {config.ratio}.")
     if not 0 <= config.repair_share <= 1:
         raise ValueError(f"enhance.repair_share is a share in [0, 1], got {config.repair_share}.")
-    if config.diffusion_rounds < 0:
+    if config.diffusion_rounds is not None and config.diffusion_rounds < 0:
         raise ValueError(f"enhance.diffusion_rounds must be at least 0, got {config.diffusion_rounds}.")
     low, high = config.unseen_range
     if not (0 <= low < high <= 1 or low == high == 0):

@@ -88,15 +88,10 @@ METHODS = {
         feed="enhanced",
         settings={"enhance.sampling.diffusion": False},
     ),
-    "diffusion-every-round": Method(
-        "the whole with diffusion and decoder in each of its rounds",
+    "late-diffusion": Method(
+        "the whole with diffusion and decoder in its last two rounds alone",
         feed="enhanced",
-        settings={"enhance.diffusion_rounds": 4},
-    ),
-    "diffusion-last-round": Method(
-        "the whole with diffusion and decoder in its last round alone",
-        feed="enhanced",
-        settings={"enhance.diffusion_rounds": 1},
+        settings={"enhance.diffusion_rounds": 2},
     ),
     "no-std": Method(
         "the whole without the spatial-temporal decoder", feed="enhanced", settings={"enhance.sampling.std": False}

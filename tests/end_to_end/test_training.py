@@ -378,10 +378,10 @@ def test_several_rounds_run_and_the_last_is_kept(config: TrainerConfig) -> None:
 
 @pytest.mark.parametrize(
     ("sampling_rounds", "asked", "sampled"),
-    [(0, 0, [False] * 3), (2, 0, [False, True, True]), (4, 0, [True] * 3), (1, 5, [False, True, False, True])],
+    [(0, 0, [False] * 3), (2, 0, [False, True, True]), (None, 0, [True] * 3), (1, 5, [False, True, False, True])],
 )
 def test_the_last_rounds_alone_sample_and_those_that_are_asked_for(
-    config: TrainerConfig, tmp_path: Path, monkeypatch, sampling_rounds: int, asked: int, sampled: list[bool]
+    config: TrainerConfig, tmp_path: Path, monkeypatch, sampling_rounds: int | None, asked: int, sampled: list[bool]
 ) -> None:
     prior = tiny_prior()
     prior.set_coarse(CoarseRepair(side=8, folds=2, widths=(4, 8), gate_widths=(4, 8)))
