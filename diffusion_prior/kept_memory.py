@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 import torch
 
@@ -26,7 +27,7 @@ def keep_freed_memory(device: torch.device | str) -> None:
     with another C library.
     """
     decided = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
-    if torch.device(device).type != "cpu" or any(name in os.environ for name in decided):
+    if torch.device(device).type != "cpu" or sys.platform != "linux" or any(name in os.environ for name in decided):
         return
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
