@@ -73,11 +73,14 @@ def check_resumed_run(config: TrainerConfig, outputs: DataparserOutputs | None) 
 
 
 def named_start(config: TrainerConfig) -> int:
-    """Step that a resumed training goes on from, by its checkpoint's name; 0 where there is none or its name does not say."""
-    path = config.load_checkpoint
-    if config.load_dir is not None:
-        found = sorted(config.load_dir.glob("step-*.ckpt"))
-        path = found[-1] if config.load_step is None and found else Path(f"step-{config.load_step or 0:09d}.ckpt")
+    """Step that a resumed training goes on from, by its checkpoint's name; 0 where there is none or its name does not say.
+
+    Args:
+        config: of the trainer, after `check_resumed_run`.
+    """
+    if config.load_dir is not None and config.load_step is not None:
+        return config.load_step + 1
+    path = config.load_checkpoint if config.load_dir is None else max(config.load_dir.glob("step-*.ckpt"))
     step = "" if path is None else path.stem.removeprefix("step-")
     return int(step) + 1 if step.isdecimal() else 0
 
