@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, cast
 import numpy as np
 import torch
 from gsplat.strategy import DefaultStrategy
+from gsplat.strategy.ops import remove
 from jaxtyping import Float
 from nerfstudio.cameras.cameras import Cameras
 from nerfstudio.data.scene_box import OrientedBox
@@ -269,7 +270,7 @@ class EnhancerModel(SplatfactoModel):
         return min(1.0, self.config.few_views / self.num_train_data)
 
     def step_post_backward(self, step: int) -> None:
-        """Splatfacto's densification, then opacities decay."""
+        """Splatfacto's densification, then opacities decay; after its end, Gaussians that nothing shows any more go."""
         # gsplat splits Gaussians at random. By a round nothing of that may change: one that is not trained on leaves the splats
         # as a run without it has them.
         may_split = step % self.strategy.refine_every == 0
@@ -278,6 +279,14 @@ class EnhancerModel(SplatfactoModel):
         lost = (1 - self.config.opacity_decay) * self.regularisation
         if lost > 0:
             decay_opacities(self.gauss_params["opacities"], 1 - lost)
+            if step >= self.strategy.refine_stop_iter and step % self.strategy.refine_every == 0:
+                self._remove_faded()
+
+    def _remove_faded(self) -> None:
+        """Remove Gaussians too transparent to be drawn: they change no picture, get no gradient, and would stay for ever."""
+        faded = torch.sigmoid(self.gauss_params["opacities"].detach()).squeeze(-1) < FADED_OPACITY
+        if faded.any() and not faded.all():
+            remove(params=self.gauss_params, optimizers=self.optimizers, state=self.strategy_state, mask=faded)
 
     @torch.no_grad()
     def learnt_cameras(self, references: Cameras) -> Cameras:
@@ -525,6 +534,10 @@ def decay_opacities(logits: Tensor, kept: float) -> None:
 
 LEAST_OPACITY = 1e-6
 """Opacities do not decay below this; splats are removed long before."""
+
+FADED_OPACITY = 0.5 / 255
+"""Gaussians less opaque than this are removed after densification: gsplat draws none below 1/255, nor would they be drawn in a
+step whose dropout makes those that are left up to twice as opaque."""
 
 
 def _nearest(image: Tensor, height: int, width: int) -> Tensor:

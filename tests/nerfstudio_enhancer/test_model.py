@@ -303,6 +303,43 @@ def test_opacities_decay_by_their_share_and_stop_above_zero() -> None:
     torch.testing.assert_close(torch.sigmoid(logits), torch.tensor([[0.4], [0.05], [1e-6]]))
 
 
+@pytest.mark.usefixtures("splatfacto_on_cpu")
+def test_gaussians_that_nothing_shows_any_more_go_after_densification_and_take_their_optimiser_state_along() -> None:
+    config = plain()
+    config.opacity_decay = 0.999
+    model = train(build(config), 7)
+    end, every = model.strategy.refine_stop_iter, model.strategy.refine_every
+    count = model.num_points
+    with torch.no_grad():
+        model.opacities[:20] = torch.logit(torch.tensor(0.0015))
+        model.opacities[20:] = torch.logit(torch.tensor(0.5))
+    kept = {name: value.detach()[20:].clone() for name, value in model.gauss_params.items()}
+    moments = model.optimizers["means"].state[model.gauss_params["means"]]["exp_avg"][20:].clone()
+    shown = model.eval().get_outputs(camera(0))["rgb"]
+    model.step = every * (end // every + 1) + 1  # between two of densification's steps
+    model.step_post_backward(model.step)
+    assert model.num_points == count
+    model.step -= 1
+    model.step_post_backward(model.step)
+    assert model.num_points == count - 20
+    for name, value in kept.items():
+        if name != "opacities":  # these have decayed twice
+            assert_close(model.gauss_params[name], value, rtol=0, atol=0)
+    assert_close(model.optimizers["means"].state[model.gauss_params["means"]]["exp_avg"], moments, rtol=0, atol=0)
+    assert_close(model.get_outputs(camera(0))["rgb"], shown, atol=5e-3, rtol=0)
+
+
+@pytest.mark.usefixtures("splatfacto_on_cpu")
+def test_without_decay_nothing_is_removed_after_densification() -> None:
+    model = train(build(plain()), 7)
+    with torch.no_grad():
+        model.opacities[:20] = torch.logit(torch.tensor(0.0015))
+    count, every = model.num_points, model.strategy.refine_every
+    model.step = every * (model.strategy.refine_stop_iter // every + 1)
+    model.step_post_backward(model.step)
+    assert model.num_points == count
+
+
 @pytest.mark.parametrize(("few", "share"), [(3, 1.0), (12, 1.0), (1, 1 / 9)])
 def test_regularisation_weakens_with_the_square_of_the_number_of_references(few: int, share: float) -> None:
     model = build(EnhancerModelConfig(few_views=few))  # of 3 references
