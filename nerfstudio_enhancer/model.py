@@ -37,6 +37,7 @@ from nerfstudio_enhancer.losses import (
     ray_spread,
 )
 from nerfstudio_enhancer.names import REPAIRED
+from nerfstudio_enhancer.one_sided import SeenFrom
 from nerfstudio_enhancer.random_state import step_generator, step_seed
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.render_repair import RenderRepair, RepairableOutputs
@@ -106,6 +107,10 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     opacity_decay: float = 0.99
     """What every training step leaves of each Gaussian's opacity (Binocular-Guided 3DGS, section 3.3). What several
     photographs agree on is made opaque again by their gradients; floaters that few of them see fade. 1 is splatfacto."""
+    one_sided: bool = True
+    """Whether finished splats fade where they are seen from behind, from more than 60 degrees away from every reference that
+    sees them: haze that a reference behind the scene takes for its background. Trainings and exports do not know of it. False
+    is splatfacto."""
     gaussian_dropout: float = 0.1
     """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
@@ -133,6 +138,9 @@ class EnhancerModel(SplatfactoModel):
     """Repairs renders; given by the pipeline where the settings ask for it."""
     offers_repair = False
     """Whether repaired renders are an output by name, for viewer and `ns-render`."""
+    references: Callable[[], Cameras] | None = None
+    """Cameras of the references [k], undistorted; given by the pipeline where splats are finished and shown one-sided."""
+    _seen_from: tuple[int, SeenFrom] | None = None
 
     def populate_modules(self) -> None:
         """Splatfacto's modules on any device, with metrics that need no download.
@@ -336,6 +344,9 @@ class EnhancerModel(SplatfactoModel):
             return {**empty, **_empty_scale_maps(cast(Tensor, empty["accumulation"]))}
         params = {name: value if chosen is None else value[chosen] for name, value in self.gauss_params.items()}
         viewmat, intrinsics, (height, width) = self._view(camera)
+        opacities = self._opacities(params)
+        if self.references is not None and not self.training:
+            opacities = opacities * self._front_share(viewmat, chosen)
         self.last_size = (height, width)
         colors, sh_degree = self._colors(params)
         scales = torch.exp(params["scales"])
@@ -350,7 +361,7 @@ class EnhancerModel(SplatfactoModel):
             means=params["means"],
             quats=params["quats"],
             scales=scales,
-            opacities=self._opacities(params),
+            opacities=opacities,
             colors=colors,
             viewmats=viewmat,
             Ks=intrinsics,
@@ -374,6 +385,39 @@ class EnhancerModel(SplatfactoModel):
         if with_spread:
             outputs[DISPARITY_MOMENTS] = render[0, ..., 3:5]
         return outputs
+
+    def _front_share(self, viewmat: Tensor, chosen: Tensor | None) -> Float[Tensor, " n"]:
+        """What the camera of a world-to-camera matrix [1 4 4] leaves of the opacities of all Gaussians, or of the chosen ones."""
+        assert self.references is not None
+        if self._seen_from is None or self._seen_from[0] != self.step:
+            self._seen_from = self.step, SeenFrom.of(self, self.learnt_cameras(self.references()))
+        rotation, translation = viewmat[0, :3, :3], viewmat[0, :3, 3]
+        share = self._seen_from[1].share(self.means.detach(), -rotation.T @ translation)
+        return share if chosen is None else share[chosen]
+
+    def pixels_of_each(self, camera: Cameras) -> Float[Tensor, " n"]:
+        """How many pixels each Gaussian makes up in what a camera (shape [1]) sees, from all sides alike."""
+        viewmat, intrinsics, (height, width) = self._view(camera.to(self.device))
+        with torch.enable_grad():
+            colours = torch.zeros_like(self.means, requires_grad=True)
+            render, _, _ = rasterization(
+                means=self.means.detach(),
+                quats=self.quats.detach(),
+                scales=torch.exp(self.scales.detach()),
+                opacities=torch.sigmoid(self.opacities.detach()).squeeze(-1),
+                colors=colours,
+                viewmats=viewmat,
+                Ks=intrinsics,
+                width=width,
+                height=height,
+                packed=False,
+                near_plane=NEAR_PLANE,
+                far_plane=1e10,
+                rasterize_mode=self.config.rasterize_mode,
+            )
+            # Every pixel is the sum of the colours, each times what its Gaussian makes up of it.
+            (pixels,) = torch.autograd.grad(render[..., 0].sum(), colours)
+        return pixels[:, 0]
 
     def get_outputs_for_camera(self, camera: Cameras, obb_box: OrientedBox | None = None) -> dict[str, Tensor]:
         """Render one camera (shape [1]), within a box if one is given; see `get_outputs`.

@@ -41,6 +41,9 @@ class EnhancerPipeline(VanillaPipeline):
         keep_freed_memory(device)
         super().__init__(config, cast("str", device), test_mode, **kwargs)  # its commands pass a torch.device too
         model = cast("EnhancerModel", self.model)
+        datamanager = cast("EnhancerDataManager", self.datamanager)
+        if model.config.one_sided and test_mode != "val":  # splats in training change with every step
+            model.references = lambda: datamanager.train_dataset.cameras
         enhance = model.config.enhance
         if enhance.repair_share == 0 or not enhance.uses_prior:
             return
@@ -51,7 +54,6 @@ class EnhancerPipeline(VanillaPipeline):
             except (ValueError, FileNotFoundError) as error:
                 CONSOLE.log(f"[yellow]No render is repaired: {error}")
                 return
-        datamanager = cast("EnhancerDataManager", self.datamanager)
         model.repair = RenderRepair(enhance, lambda: references_of(*datamanager.reference_photographs()), prior)
         # In a training the viewer draws from a thread of its own, and takes the splats' lock for plain outputs alone.
         model.offers_repair = test_mode != "val"
