@@ -30,6 +30,7 @@ from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_o
 from nerfstudio_enhancer.datamanager import KNOWN_DEPTH
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.enhanced_views import SHOWN_ALPHA
+from nerfstudio_enhancer.haze import SeenFrom, veil_share
 from nerfstudio_enhancer.losses import (
     confidence_weighted_photometric,
     depth_loss,
@@ -37,7 +38,6 @@ from nerfstudio_enhancer.losses import (
     ray_spread,
 )
 from nerfstudio_enhancer.names import REPAIRED
-from nerfstudio_enhancer.one_sided import SeenFrom
 from nerfstudio_enhancer.random_state import step_generator, step_seed
 from nerfstudio_enhancer.rasterize import fused_ssim, rasterization
 from nerfstudio_enhancer.render_repair import RenderRepair, RepairableOutputs
@@ -107,10 +107,10 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     opacity_decay: float = 0.99
     """What every training step leaves of each Gaussian's opacity (Binocular-Guided 3DGS, section 3.3). What several
     photographs agree on is made opaque again by their gradients; floaters that few of them see fade. 1 is splatfacto."""
-    one_sided: bool = True
-    """Whether finished splats fade where they are seen from behind, from more than 60 degrees away from every reference that
-    sees them: haze that a reference behind the scene takes for its background. Trainings and exports do not know of it. False
-    is splatfacto."""
+    fade_haze: bool = True
+    """Whether finished splats fade where they are seen from behind (from more than 60 degrees away from every reference that
+    sees them), and where they are so near and large that they would cover the view. Trainings and exports do not know of it.
+    False is splatfacto."""
     gaussian_dropout: float = 0.1
     """Share of the Gaussians left out of a training step once `warmup_length` steps have passed, rising to this value by
     the end of densification; the others become more opaque to make up for it. 0 is splatfacto."""
@@ -139,7 +139,7 @@ class EnhancerModel(SplatfactoModel):
     offers_repair = False
     """Whether repaired renders are an output by name, for viewer and `ns-render`."""
     references: Callable[[], Cameras] | None = None
-    """Cameras of the references [k], undistorted; given by the pipeline where splats are finished and shown one-sided."""
+    """Cameras of the references [k]; given by the pipeline where splats are finished and their haze fades."""
     _seen_from: tuple[int, SeenFrom] | None = None
 
     def populate_modules(self) -> None:
@@ -346,7 +346,7 @@ class EnhancerModel(SplatfactoModel):
         viewmat, intrinsics, (height, width) = self._view(camera)
         opacities = self._opacities(params)
         if self.references is not None and not self.training:
-            opacities = opacities * self._front_share(viewmat, chosen)
+            opacities = opacities * self._share_without_haze(viewmat, chosen)
         self.last_size = (height, width)
         colors, sh_degree = self._colors(params)
         scales = torch.exp(params["scales"])
@@ -386,13 +386,15 @@ class EnhancerModel(SplatfactoModel):
             outputs[DISPARITY_MOMENTS] = render[0, ..., 3:5]
         return outputs
 
-    def _front_share(self, viewmat: Tensor, chosen: Tensor | None) -> Float[Tensor, " n"]:
+    def _share_without_haze(self, viewmat: Tensor, chosen: Tensor | None) -> Float[Tensor, " n"]:
         """What the camera of a world-to-camera matrix [1 4 4] leaves of the opacities of all Gaussians, or of the chosen ones."""
         assert self.references is not None
         if self._seen_from is None or self._seen_from[0] != self.step:
             self._seen_from = self.step, SeenFrom.of(self, self.learnt_cameras(self.references()))
         rotation, translation = viewmat[0, :3, :3], viewmat[0, :3, 3]
-        share = self._seen_from[1].share(self.means.detach(), -rotation.T @ translation)
+        means, centre = self.means.detach(), -rotation.T @ translation
+        share = self._seen_from[1].share(means, centre)
+        share = share * veil_share(torch.exp(self.scales.detach()), (means - centre).norm(dim=-1))
         return share if chosen is None else share[chosen]
 
     def pixels_of_each(self, camera: Cameras) -> Float[Tensor, " n"]:

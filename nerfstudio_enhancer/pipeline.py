@@ -42,7 +42,7 @@ class EnhancerPipeline(VanillaPipeline):
         super().__init__(config, cast("str", device), test_mode, **kwargs)  # its commands pass a torch.device too
         model = cast("EnhancerModel", self.model)
         datamanager = cast("EnhancerDataManager", self.datamanager)
-        if model.config.one_sided and test_mode != "val":  # splats in training change with every step
+        if model.config.fade_haze and test_mode != "val":  # splats in training change with every step
             model.references = lambda: datamanager.train_dataset.cameras
         enhance = model.config.enhance
         if enhance.repair_share == 0 or not enhance.uses_prior:

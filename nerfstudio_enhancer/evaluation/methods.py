@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModelConfig
     from nerfstudio_enhancer.scene.sparse_views import SparseViewsDataParserConfig
 
-Addition = Literal["background", "depth", "regularisation", "perceptual", "one-sided"]
-ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation", "perceptual", "one-sided")
+Addition = Literal["background", "depth", "regularisation", "perceptual", "haze"]
+ADDITIONS: tuple[Addition, ...] = ("background", "depth", "regularisation", "perceptual", "haze")
 """What the method adds to splatfacto beside seed points and prior."""
 
 METHOD_NAME = "3dgs-enhancer"
@@ -61,9 +61,9 @@ METHODS = {
     "geometry": Method("every addition but the prior"),
     "geometry-no-lpips": Method(
         "every addition but the prior and LPIPS on references",
-        additions=("background", "depth", "regularisation", "one-sided"),
+        additions=("background", "depth", "regularisation", "haze"),
     ),
-    "all-sided": Method("every addition but the prior, but shown from all sides", settings={"one_sided": False}),
+    "with-haze": Method("every addition but the prior, haze shown as it is", settings={"fade_haze": False}),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
     "feed-blurred": Method("control: blurred renders fed back", feed="blurred"),
@@ -179,8 +179,8 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
         model.ray_spread = 0.0
     if "perceptual" not in additions:
         model.lpips_weight = 0.0
-    if "one-sided" not in additions:
-        model.one_sided = False
+    if "haze" not in additions:
+        model.fade_haze = False
 
 
 def with_seed_points(config: TrainerConfig, source: SeedSource, depth_network: bool = True) -> None:

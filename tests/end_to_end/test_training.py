@@ -105,11 +105,11 @@ def test_repaired_renders_are_measured_in_training_and_offered_by_name_afterward
         assert images["repaired"].shape == images["img"].shape
 
 
-def test_finished_splats_are_one_sided_unless_that_is_switched_off(config: TrainerConfig) -> None:
+def test_haze_of_finished_splats_fades_unless_that_is_switched_off(config: TrainerConfig) -> None:
     assert config.pipeline.setup(device="cpu", test_mode="val").model.references is None
     pipeline = config.pipeline.setup(device="cpu", test_mode="test")
     assert len(pipeline.model.references()) == len(pipeline.datamanager.train_dataset)
-    config.pipeline.model.one_sided = False
+    config.pipeline.model.fade_haze = False
     assert config.pipeline.setup(device="cpu", test_mode="test").model.references is None
 
 

@@ -24,10 +24,10 @@ def test_settings_of_one_method_leave_the_registered_ones_alone():
 
 def test_each_addition_can_be_left_out_by_itself():
     for kept, fields in (
-        ("background", ("depth_weight", "gaussian_dropout", "opacity_decay", "one_sided")),
-        ("depth", ("fill_background", "gaussian_dropout", "opacity_decay", "one_sided")),
-        ("regularisation", ("fill_background", "depth_weight", "one_sided")),
-        ("one-sided", ("fill_background", "depth_weight", "gaussian_dropout", "opacity_decay")),
+        ("background", ("depth_weight", "gaussian_dropout", "opacity_decay", "fade_haze")),
+        ("depth", ("fill_background", "gaussian_dropout", "opacity_decay", "fade_haze")),
+        ("regularisation", ("fill_background", "depth_weight", "fade_haze")),
+        ("haze", ("fill_background", "depth_weight", "gaussian_dropout", "opacity_decay")),
     ):
         config, whole = method_config(), method_config()
         for settings in (config, whole):
@@ -36,7 +36,7 @@ def test_each_addition_can_be_left_out_by_itself():
         model, all_on = config.pipeline.model, whole.pipeline.model
         changed = {
             name
-            for name in ("fill_background", "depth_weight", "gaussian_dropout", "opacity_decay", "one_sided")
+            for name in ("fill_background", "depth_weight", "gaussian_dropout", "opacity_decay", "fade_haze")
             if getattr(model, name) != getattr(all_on, name)
         }
         assert changed == set(fields)
@@ -54,7 +54,7 @@ def test_only_methods_with_all_additions_share_the_first_stage():
         "geometry-depth-loss",
         "no-depth-network",
         "geometry-no-lpips",
-        "all-sided",
+        "with-haze",
     ]
 
 

@@ -1,8 +1,9 @@
-"""Splats are one-sided: seen from behind, far from every reference that sees them, they fade.
+"""Haze of finished splats: what is seen from behind, or from so near that it covers the view, fades.
 
 Nothing tells how far away lies what one photograph alone sees. Its background may hang in the air on the other side of the scene,
 right in front of a camera there. Real surfaces are looked at from where they are open to view, so that a splat which a camera
-sees from behind is such haze, or the back of a wall that hides what is shown.
+sees from behind is such haze, or the back of a wall that hides what is shown. And what is as large as its distance hides all
+else, where the photographs that it was made for show other things before it.
 """
 
 from __future__ import annotations
@@ -25,6 +26,24 @@ LEAST_OF_BEST = 0.1
 BACK_COS, FRONT_COS = -0.5, 0.5
 """Cosines of the angles between a camera and the nearest reference, seen from the Gaussian, at which it has faded (120 degrees)
 and up to which it shows in full (60 degrees)."""
+LEAST_VEIL, WHOLE_VEIL = 1 / 3, 2 / 3
+"""Second largest standard deviation of a Gaussian over its distance from the camera up to which it shows in full and from which
+on it has faded: a sheet of this size covers the view."""
+
+
+def veil_share(scales: Float[Tensor, "n 3"], distance: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """What the sheets that would cover a view keep of their opacity, in [0, 1].
+
+    Args:
+        scales: standard deviations of the Gaussians, world units.
+        distance: of their means from the camera, world units.
+    """
+    size = scales.median(dim=-1).values / distance.clamp(min=LEAST_DISTANCE)
+    return ((WHOLE_VEIL - size) / (WHOLE_VEIL - LEAST_VEIL)).clamp(0, 1)
+
+
+LEAST_DISTANCE = 1e-6
+"""Distances below this are not told apart, world units."""
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from nerfstudio.data.scene_box import SceneBox
 from torch.testing import assert_close
 
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
+from nerfstudio_enhancer.haze import SeenFrom, veil_share
 from nerfstudio_enhancer.model import EnhancerModel, EnhancerModelConfig
-from nerfstudio_enhancer.one_sided import SeenFrom
 
 SIZE = 32
 
@@ -97,6 +97,24 @@ def test_haze_that_one_reference_sees_as_background_does_not_stand_before_a_came
     model.references = lambda: looking_at_the_origin(0, 100)  # red is seen from the side as well
     shown = centre_colour(model, looking_at_the_origin(160))
     assert shown[0] > 0.9
+
+
+def test_sheets_fade_as_they_come_to_cover_the_view_and_needles_do_not() -> None:
+    scales = torch.tensor([[0.3, 0.3, 0.01], [0.5, 0.6, 0.01], [0.01, 0.7, 0.9], [0.01, 0.01, 5.0]])
+    # a third of the distance and less in full, half of it half, two thirds and more not at all
+    assert_close(veil_share(scales, torch.ones(4)), torch.tensor([1.0, 0.5, 0.0, 1.0]))
+    assert_close(veil_share(scales, torch.full((4,), 3.0)), torch.ones(4))
+    assert veil_share(scales, torch.zeros(4)).tolist() == [0.0, 0.0, 0.0, 0.0]
+
+
+def test_a_sheet_before_the_camera_does_not_cover_what_is_behind_it() -> None:
+    model = splats(0.0, 3.5, -5.0, -5.0)
+    with torch.no_grad():
+        model.scales[1] = math.log(1.0)
+    camera = looking_at_the_origin(0)
+    assert centre_colour(model, camera)[1] > 0.9
+    model.references = lambda: looking_at_the_origin(0, distance=8)
+    assert_close(centre_colour(model, camera), torch.tensor([1.0, 0.0, 0.0]), atol=0.05, rtol=0)
 
 
 def test_a_training_renders_all_sides_and_the_references_are_rendered_once_for_each_step() -> None:
