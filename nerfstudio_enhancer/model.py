@@ -25,7 +25,6 @@ from nerfstudio.utils.colors import get_color
 from torch import Tensor
 
 from diffusion_prior.perceptual import MIN_SIZE_PX
-from nerfstudio_enhancer.binocular import LARGEST_SHIFT, binocular_loss, brought_back, moved_sideways
 from nerfstudio_enhancer.confidence import relative_pixel_scale
 from nerfstudio_enhancer.conventions import to_channels_first, world_to_camera_opencv
 from nerfstudio_enhancer.datamanager import KNOWN_DEPTH
@@ -70,9 +69,6 @@ NEAR_PLANE = 0.01
 DISPARITY_MOMENTS = "disparity_moments"
 """Training output: disparity and its square, composited like colours over nothing. [h w 2]"""
 
-BROUGHT_BACK = "brought_back"
-"""Training output: what a camera beside the reference shows, brought back to it, see `binocular`. [h w 4]"""
-
 SPLATFACTO_OPACITY = 0.1
 """Opacity at which splatfacto's splats start."""
 
@@ -106,9 +102,6 @@ class EnhancerModelConfig(SplatfactoModelConfig):
     few_views: int = 12
     """Up to so many reference views opacity decay, dropout, smoothness and spread hold in full, and LPIPS on references; with
     more, which keep splats in place themselves, those weaken with the square of the number and LPIPS with the number."""
-    binocular_weight: float = 0.5
-    """Weight of binocular consistency on reference photographs: a camera a little to the side must show what the photograph
-    shows, moved by the rendered depth. It counts in one of two steps, from a third of the training on. 0 is splatfacto."""
     seen_opacity: float = 0.1
     """Opacity at which splats start from seed points that photographs agree on, in (0, 1); random ones start at 0.1."""
     opacity_decay: float = 0.99
@@ -350,12 +343,12 @@ class EnhancerModel(SplatfactoModel):
             )
             return {**empty, **_empty_scale_maps(cast(Tensor, empty["accumulation"]))}
         params = {name: value if chosen is None else value[chosen] for name, value in self.gauss_params.items()}
-        viewmat, intrinsics, size = view = self._view(camera)
+        viewmat, _, size = view = self._view(camera)
         opacities = self._opacities(params)
         if self.references is not None and not self.training:
             opacities = opacities * self._share_without_haze(viewmat, chosen)
         self.last_size = size
-        supervised = max(self.config.depth_weight, self.config.depth_smoothness, self.config.binocular_weight) > 0
+        supervised = max(self.config.depth_weight, self.config.depth_smoothness) > 0
         with_spread = self.training and self.config.ray_spread > 0
         if with_spread:
             extra = _disparity_moments(params["means"], viewmat)
@@ -378,8 +371,6 @@ class EnhancerModel(SplatfactoModel):
         outputs = self._compose(render, alpha, camera, with_depth)
         if with_spread:
             outputs[DISPARITY_MOMENTS] = render[0, ..., 3:5]
-        if self.training and self._binocular_is_due() and not (camera.metadata or {}).get("enhanced"):
-            outputs[BROUGHT_BACK] = self._brought_back(outputs, viewmat, intrinsics)
         return outputs
 
     def _rasterize(
@@ -419,19 +410,6 @@ class EnhancerModel(SplatfactoModel):
             rasterize_mode=self.config.rasterize_mode,
             **how,
         )
-
-    def _brought_back(self, outputs: dict, viewmat: Tensor, intrinsics: Tensor) -> Float[Tensor, "h w 4"]:
-        """What a camera beside this one shows, moved to where the rendered depth says that this one sees it."""
-        depth = outputs["depth"]
-        generator = step_generator(self.seed, self.step, "binocular")
-        share = 2 * torch.rand((), generator=generator).to(depth.device) - 1
-        shift = share * LARGEST_SHIFT * depth.detach().median()
-        params = dict(self.gauss_params)
-        opacities = torch.sigmoid(params["opacities"]).squeeze(-1)
-        view = moved_sideways(viewmat, shift), intrinsics, tuple(depth.shape[:2])
-        render, alpha, _ = self._rasterize(params, opacities, self._colors(params), view)
-        beside = render[0] + (1 - alpha[0]) * outputs["background"]
-        return brought_back(beside, depth, intrinsics[0, 0, 0], shift)
 
     def _share_without_haze(self, viewmat: Tensor, chosen: Tensor | None) -> Float[Tensor, " n"]:
         """What the camera of a world-to-camera matrix [1 4 4] leaves of the opacities of all Gaussians, or of the chosen ones."""
@@ -550,13 +528,6 @@ class EnhancerModel(SplatfactoModel):
                 known, certainty = _nearest(batch[KNOWN_DEPTH].to(depth), *depth.shape[:2]).split(1, dim=-1)
                 loss = depth_loss(depth, outputs["accumulation"], known, certainty)
                 losses["depth_loss"] = self.config.depth_weight * loss
-            if BROUGHT_BACK in outputs:
-                back, target = outputs[BROUGHT_BACK], self._compared(outputs, batch)[1]
-                if "mask" in batch:
-                    usable = self._downscale_if_required(batch["mask"]).to(back)
-                    back = torch.cat([back[..., :3], back[..., 3:] * usable], dim=-1)
-                weight = self.config.binocular_weight * self.regularisation
-                losses["binocular"] = weight * binocular_loss(back, target)
             if self._lpips_is_due():
                 weight = self.config.lpips_weight * self.config.lpips_every * self.fewness
                 losses |= self._perceptual_losses(weight, *self._compared(outputs, batch))
@@ -588,13 +559,6 @@ class EnhancerModel(SplatfactoModel):
         config = self.config
         start = config.lpips_start or 0
         return config.lpips_weight > 0 and self.step >= start and self.step % config.lpips_every == 0
-
-    def _binocular_is_due(self) -> bool:
-        """Whether binocular consistency counts in this step, where it is one of a reference photograph."""
-        config = self.config
-        if config.binocular_weight == 0 or config.use_bilateral_grid:  # which gives each photograph colours of its own
-            return False
-        return self.step >= (config.lpips_start or 0) and self.step % 2 == 1
 
     def _perceptual_losses(self, weight: float, rendered: Tensor, target: Tensor) -> dict[str, Tensor]:
         """LPIPS of [h w 3] pictures, but of none that early steps of `num_downscales` show too small for AlexNet."""

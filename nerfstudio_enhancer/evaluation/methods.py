@@ -63,9 +63,6 @@ METHODS = {
         "every addition but the prior and LPIPS on references",
         additions=("background", "depth", "regularisation", "haze"),
     ),
-    "no-binocular": Method(
-        "every addition but the prior and binocular consistency", settings={"binocular_weight": 0.0}
-    ),
     "with-haze": Method("every addition but the prior, haze shown as it is", settings={"fade_haze": False}),
     "feed-renders": Method("control: un-enhanced renders fed back", feed="renders"),
     "feed-mean-filled": Method("control: renders with mean-filled holes fed back", feed="mean-filled"),
@@ -180,7 +177,6 @@ def with_additions(config: TrainerConfig, additions: Sequence[Addition]) -> None
         model.opacity_decay = 1.0
         model.depth_smoothness = 0.0
         model.ray_spread = 0.0
-        model.binocular_weight = 0.0
     if "perceptual" not in additions:
         model.lpips_weight = 0.0
     if "haze" not in additions:

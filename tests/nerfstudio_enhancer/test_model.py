@@ -13,17 +13,10 @@ from nerfstudio.models.splatfacto import SplatfactoModel, SplatfactoModelConfig
 from torch.testing import assert_close
 
 from diffusion_prior.perceptual import lpips_alex
-from nerfstudio_enhancer.binocular import binocular_loss
 from nerfstudio_enhancer.enhance_step import EnhanceConfig
 from nerfstudio_enhancer.enhanced_views import SHOWN_ALPHA
 from nerfstudio_enhancer.losses import ray_spread
-from nerfstudio_enhancer.model import (
-    BROUGHT_BACK,
-    DISPARITY_MOMENTS,
-    EnhancerModel,
-    EnhancerModelConfig,
-    decay_opacities,
-)
+from nerfstudio_enhancer.model import DISPARITY_MOMENTS, EnhancerModel, EnhancerModelConfig, decay_opacities
 from nerfstudio_enhancer.random_state import step_seed
 from nerfstudio_enhancer.rasterize import rasterization
 
@@ -119,7 +112,6 @@ def plain() -> EnhancerModelConfig:
         gaussian_dropout=0.0,
         depth_smoothness=0.0,
         ray_spread=0.0,
-        binocular_weight=0.0,
         lpips_weight=0.0,
     )
 
@@ -373,34 +365,3 @@ def test_the_spread_of_a_ray_enters_the_loss_with_its_weight() -> None:
     losses["ray_spread"].backward()
     assert model.means.grad is not None
     assert model.means.grad[:, 2].abs().sum() > 0
-
-
-@pytest.mark.usefixtures("splatfacto_on_cpu")
-def test_binocular_consistency_counts_on_references_in_every_other_step_from_its_start_on() -> None:
-    config = plain()
-    config.binocular_weight, config.lpips_start = 0.25, 2
-    model = train(build(config), 1)
-
-    def weighed(step: int, view: Cameras, given: dict) -> torch.Tensor | None:
-        model.step = step
-        return model.get_loss_dict(model.get_outputs(view), given).get("binocular")
-
-    assert weighed(1, camera(0), batch(0)) is None  # before its start
-    assert weighed(4, camera(0), batch(0)) is None  # between two of its steps
-    whole = weighed(3, camera(0), batch(0))
-    assert whole is not None
-    assert whole > 0
-    model.step = 3
-    back = model.get_outputs(camera(0))[BROUGHT_BACK]
-    expected = binocular_loss(back, model.get_gt_img(batch(0)["image"]))
-    assert_close(whole, 0.25 * expected)
-    model.config.few_views = 1  # of 3 references
-    assert_close(weighed(3, camera(0), batch(0)), whole / 9)
-    masked = {**batch(0), "mask": torch.zeros(SIZE, SIZE, 1)}
-    assert weighed(3, camera(0), masked) == 0
-    enhanced = camera(0)
-    enhanced.metadata = {"enhanced": True}
-    assert (
-        weighed(3, enhanced, {**batch(0), "pixel_confidence": torch.ones(SIZE, SIZE, 1), "image_confidence": 1.0})
-        is None
-    )

@@ -54,7 +54,6 @@ def test_only_methods_with_all_additions_share_the_first_stage():
         "geometry-depth-loss",
         "no-depth-network",
         "geometry-no-lpips",
-        "no-binocular",
         "with-haze",
     ]
 
