@@ -29,6 +29,8 @@ and up to which it shows in full (60 degrees)."""
 LEAST_VEIL, WHOLE_VEIL = 1 / 3, 2 / 3
 """Second largest standard deviation of a Gaussian over its distance from the camera up to which it shows in full and from which
 on it has faded: a sheet of this size covers the view."""
+LEAST_DISTANCE = 1e-6
+"""Distances below this are not told apart, world units."""
 
 
 def veil_share(scales: Float[Tensor, "n 3"], distance: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -40,10 +42,6 @@ def veil_share(scales: Float[Tensor, "n 3"], distance: Float[Tensor, " n"]) -> F
     """
     size = scales.median(dim=-1).values / distance.clamp(min=LEAST_DISTANCE)
     return ((WHOLE_VEIL - size) / (WHOLE_VEIL - LEAST_VEIL)).clamp(0, 1)
-
-
-LEAST_DISTANCE = 1e-6
-"""Distances below this are not told apart, world units."""
 
 
 @dataclass(frozen=True)
