@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float
 from nerfstudio.cameras.cameras import Cameras
 from torch import Tensor
 
+from nerfstudio_enhancer.losses import DEPTH_FLOOR
+
 if TYPE_CHECKING:
     from nerfstudio_enhancer.model import EnhancerModel
 
@@ -29,8 +31,6 @@ and up to which it shows in full (60 degrees)."""
 LEAST_VEIL, WHOLE_VEIL = 1 / 3, 2 / 3
 """Second largest standard deviation of a Gaussian over its distance from the camera up to which it shows in full and from which
 on it has faded: a sheet of this size covers the view."""
-LEAST_DISTANCE = 1e-6
-"""Distances below this are not told apart, world units."""
 
 
 def veil_share(scales: Float[Tensor, "n 3"], distance: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -40,7 +40,7 @@ def veil_share(scales: Float[Tensor, "n 3"], distance: Float[Tensor, " n"]) -> F
         scales: standard deviations of the Gaussians, world units.
         distance: of their means from the camera, world units.
     """
-    size = scales.median(dim=-1).values / distance.clamp(min=LEAST_DISTANCE)
+    size = scales.median(dim=-1).values / distance.clamp(min=DEPTH_FLOOR)
     return ((WHOLE_VEIL - size) / (WHOLE_VEIL - LEAST_VEIL)).clamp(0, 1)
 
 

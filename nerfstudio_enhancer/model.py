@@ -378,7 +378,7 @@ class EnhancerModel(SplatfactoModel):
         params: dict[str, Tensor],
         opacities: Float[Tensor, " n"],
         colours: tuple[Tensor, int | None],
-        view: tuple[Tensor, Tensor, tuple[int, ...]],
+        view: tuple[Tensor, Tensor, tuple[int, int]],
         **how,
     ) -> tuple[Tensor, Tensor, dict]:
         """Render, accumulation and what gsplat says about it.
