@@ -42,8 +42,8 @@ class EnhancerPipeline(VanillaPipeline):
         super().__init__(config, cast("str", device), test_mode, **kwargs)  # its commands pass a torch.device too
         model = cast("EnhancerModel", self.model)
         datamanager = cast("EnhancerDataManager", self.datamanager)
-        if model.config.fade_haze and test_mode != "val":  # splats in training change with every step
-            model.references = lambda: datamanager.train_dataset.cameras
+        if test_mode != "val":  # splats in training change with every step
+            self.fade_haze()
         enhance = model.config.enhance
         if enhance.repair_share == 0 or not enhance.uses_prior:
             return
@@ -57,3 +57,9 @@ class EnhancerPipeline(VanillaPipeline):
         model.repair = RenderRepair(enhance, lambda: references_of(*datamanager.reference_photographs()), prior)
         # In a training the viewer draws from a thread of its own, and takes the splats' lock for plain outputs alone.
         model.offers_repair = test_mode != "val"
+
+    def fade_haze(self) -> None:
+        """Let the haze of finished splats fade from now on, where the settings ask for it."""
+        model, datamanager = cast("EnhancerModel", self.model), cast("EnhancerDataManager", self.datamanager)
+        if model.config.fade_haze:
+            model.references = lambda: datamanager.train_dataset.cameras

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from nerfstudio_enhancer.datamanager import EnhancerDataManager
     from nerfstudio_enhancer.evaluation.benchmark import Cell, CellSettings
     from nerfstudio_enhancer.model import EnhancerModel
+    from nerfstudio_enhancer.pipeline import EnhancerPipeline
 
 RUNS_FOLDER = "runs"
 FIRST_STAGE = "first-stage"
@@ -143,7 +144,8 @@ def evaluate(trainer: Trainer) -> dict[str, Any]:
     begin_s = time.monotonic()
     (checkpoint,) = trainer.checkpoint_dir.glob("*.ckpt")
     state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    pipeline = trainer.pipeline
+    pipeline = cast("EnhancerPipeline", trainer.pipeline)
+    pipeline.fade_haze()
     pipeline.load_pipeline(state["pipeline"], state["step"])
     renders = trainer.base_dir / RENDERS_FOLDER
     with torch.no_grad():
