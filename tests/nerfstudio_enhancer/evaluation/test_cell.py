@@ -67,6 +67,7 @@ def test_an_entry_holds_what_ns_eval_says_of_the_run(cell, settings, tmp_path, m
     # 12 photographs, 3 references, every 8th of the other 9
     assert entry["test_views"] == len(list((run / RENDERS_FOLDER).glob("*.png"))) == 2
     assert (shown["steps"], shown["first_stage_s"]) == (STEPS, 0.0)
+    assert entry["steps"] == STEPS
 
 
 def test_the_oracle_and_the_controls_feed_back_views_from_the_first_round_on(cell, settings):
